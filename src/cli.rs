@@ -1,0 +1,54 @@
+//! The command line, as typed. What it means and whether it makes sense is [`crate::config`]'s job.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use crate::vhost::MAX_REQUEST_QUEUES;
+
+/// SCSI disks for QEMU guests from host files, over a vhost-user socket.
+#[derive(Debug, Parser)]
+#[command(version, about, after_help = DISK_HELP, max_term_width = 100)]
+pub struct Cli {
+    /// Listen on this UNIX socket. A stale one is replaced, one that is in use is not.
+    #[arg(long, value_name = "SOCK", conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Use this inherited file descriptor: a listening socket, or a connected one.
+    #[arg(long, value_name = "N")]
+    pub fd: Option<i32>,
+
+    /// Request queues to offer; QEMU uses one per vCPU unless told otherwise.
+    #[arg(long, value_name = "N", default_value_t = 16,
+          value_parser = clap::value_parser!(u16).range(1..=MAX_REQUEST_QUEUES as i64))]
+    pub num_queues: u16,
+
+    /// Offer the CONFIG protocol feature, for front ends that do not make the configuration space
+    /// themselves. QEMU does; its versions 7.1 to 8.0 fail when this is offered.
+    #[arg(long)]
+    pub config_space: bool,
+
+    /// Print what this program can do, as JSON for management software, and exit.
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// A disk: a raw file or a block device, and options for it.
+    #[arg(value_name = "DISK[,key=value]...")]
+    pub disks: Vec<String>,
+}
+
+const DISK_HELP: &str = "\
+Disk options (a comma in a path or value is doubled; without lun= the disks are LUN 0, 1, ...):
+  readonly              nobody writes to it; several readers may share it
+  size=SIZE             create a sparse file of this size (K, M, G, T) if there is none
+  lun=N, target=N       logical unit number (0-16383) and target number (0-255)
+  block-size=512|4096   logical block size (default 512)
+  physical-block-size=N physical block size (default: the host file's block, at most 4096)
+  cache=writeback       fast; guest flushes make data safe (default)
+  cache=writethrough    every write is on stable storage before it is answered
+  cache=direct          bypass the host's page cache (O_DIRECT)
+  serial=TEXT, wwn=HEX  unit serial number and NAA name (default: made from the path)
+  rotational            look like a disk that turns
+
+Log lines are chosen by the environment variable RUST_LOG (error, warn, info, debug).
+SIGHUP looks at the sizes of the disks again; SIGTERM and SIGINT end the program cleanly.";

@@ -1,0 +1,454 @@
+//! What was asked for, validated. Every rejection is a sentence that names the option or the file.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::scsi::target::MAX_LUN;
+use crate::scsi::{Lun, LunNumber, LunSettings};
+use crate::store::Store;
+use crate::store::file::{FileStore, OpenError, OpenOptionsFor, create_sparse, stable_name};
+
+/// Why the program does not start, and its exit status.
+#[derive(Debug, PartialEq, Eq)]
+pub struct StartError {
+    /// One sentence for people.
+    pub message: String,
+    /// 2 if the command line is wrong, 1 if the host would not go along.
+    pub status: u8,
+}
+
+impl StartError {
+    /// The command line is wrong.
+    pub fn usage(message: impl Into<String>) -> Self {
+        StartError { message: message.into(), status: 2 }
+    }
+
+    /// The host would not go along.
+    pub fn host(message: impl Into<String>) -> Self {
+        StartError { message: message.into(), status: 1 }
+    }
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+/// `cache=`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheMode {
+    /// Through the page cache, write cache enabled.
+    #[default]
+    Writeback,
+    /// O_DIRECT, write cache enabled.
+    Direct,
+    /// Through the page cache, every write stable.
+    Writethrough,
+}
+
+/// One DISK argument.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// Nobody writes to it.
+    pub read_only: bool,
+    /// Target number.
+    pub target: u8,
+    /// Logical unit number, if it was given.
+    pub lun: Option<LunNumber>,
+    /// Logical block size in bytes.
+    pub block_size: u32,
+    /// Physical block size in bytes, if it was given.
+    pub physical_block_size: Option<u32>,
+    /// Unit serial number, if it was given.
+    pub serial: Option<String>,
+    /// NAA name, if it was given: 8 or 16 bytes.
+    pub naa: Option<Vec<u8>>,
+    /// Bytes of the sparse file to create if there is none.
+    pub size: Option<u64>,
+    /// Look like a disk that turns.
+    pub rotational: bool,
+    /// How the host's page cache is used.
+    pub cache: CacheMode,
+}
+
+impl DiskConfig {
+    /// Reads `PATH[,key=value]...`.
+    ///
+    /// # Errors
+    /// Names the disk, the option and what it could have been.
+    pub fn parse(argument: &str) -> Result<Self, StartError> {
+        let mut parts = split_at_commas(argument).into_iter();
+        let path = parts.next().filter(|p| !p.is_empty());
+        let path = path.ok_or_else(|| StartError::usage(format!("'{argument}': no path")))?;
+        let mut disk = DiskConfig {
+            path: PathBuf::from(&path),
+            read_only: false,
+            target: 0,
+            lun: None,
+            block_size: 512,
+            physical_block_size: None,
+            serial: None,
+            naa: None,
+            size: None,
+            rotational: false,
+            cache: CacheMode::default(),
+        };
+        let mut seen = BTreeSet::new();
+        for option in parts {
+            let (key, value) = match option.split_once('=') {
+                Some((key, value)) => (key, Some(value)),
+                None => (option.as_str(), None),
+            };
+            let wrong = |why: String| StartError::usage(format!("{path}: {key}: {why}"));
+            if !seen.insert(key.to_owned()) {
+                return Err(wrong("given twice".into()));
+            }
+            disk.set(key, value).map_err(wrong)?;
+        }
+        disk.check().map_err(|why| StartError::usage(format!("{path}: {why}")))?;
+        Ok(disk)
+    }
+
+    fn set(&mut self, key: &str, value: Option<&str>) -> Result<(), String> {
+        match key {
+            "readonly" => self.read_only = switch(value)?,
+            "rotational" => self.rotational = switch(value)?,
+            "target" => self.target = number(value, 255)?,
+            "lun" => self.lun = LunNumber::new(number(value, MAX_LUN.into())?),
+            "block-size" => self.block_size = block_size(value, &[512, 4096])?,
+            "physical-block-size" => {
+                let sizes = [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536];
+                self.physical_block_size = Some(block_size(value, &sizes)?);
+            }
+            "serial" => self.serial = Some(serial(given(value)?)?),
+            "wwn" => self.naa = Some(naa(given(value)?)?),
+            "size" => self.size = Some(size(given(value)?)?),
+            "cache" => {
+                self.cache = match given(value)? {
+                    "writeback" => CacheMode::Writeback,
+                    "direct" => CacheMode::Direct,
+                    "writethrough" => CacheMode::Writethrough,
+                    other => {
+                        return Err(format!("'{other}' is not writeback, direct or writethrough"));
+                    }
+                }
+            }
+            _ => return Err("no such option (thinlun --help lists them)".into()),
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.physical_block_size.is_some_and(|p| p < self.block_size) {
+            return Err("physical-block-size is smaller than block-size".into());
+        }
+        match self.size {
+            Some(size) if size % u64::from(self.block_size) != 0 => {
+                Err(format!("size: {size} bytes are no multiple of block-size {}", self.block_size))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn open_options(&self) -> OpenOptionsFor {
+        OpenOptionsFor {
+            read_only: self.read_only,
+            direct: self.cache == CacheMode::Direct,
+            block_size: self.block_size,
+        }
+    }
+
+    /// What the disk will say about itself.
+    fn settings(&self, lun: LunNumber, store: &FileStore) -> Result<LunSettings, StartError> {
+        let name = stable_name(&self.path).map_err(|e| self.host_error(&e.to_string()))?;
+        let naa = self.naa.clone().unwrap_or_else(|| derived_naa(&name));
+        let hex = || derived_naa(&name).iter().map(|b| format!("{b:02x}")).collect();
+        let host_block = store.capabilities().host_block.clamp(self.block_size, 4096);
+        Ok(LunSettings {
+            target: self.target,
+            lun,
+            serial: self.serial.clone().unwrap_or_else(hex),
+            naa,
+            block_size: self.block_size,
+            physical_block_size: self.physical_block_size.unwrap_or(host_block),
+            rotational: self.rotational,
+            write_cache: self.cache != CacheMode::Writethrough,
+        })
+    }
+
+    fn host_error(&self, why: &str) -> StartError {
+        StartError::host(format!("{}: {why}", self.path.display()))
+    }
+}
+
+/// Gives every disk its LUN: the one asked for, else the lowest that is free on its target.
+///
+/// # Errors
+/// If two disks ask for the same one, or a target is full.
+fn assign_luns(disks: &[DiskConfig]) -> Result<Vec<LunNumber>, StartError> {
+    let mut taken = BTreeSet::new();
+    for disk in disks {
+        if let Some(lun) = disk.lun
+            && !taken.insert((disk.target, lun))
+        {
+            return Err(StartError::usage(format!(
+                "{}: target {} LUN {} is taken by another disk",
+                disk.path.display(),
+                disk.target,
+                lun.get()
+            )));
+        }
+    }
+    let mut luns = Vec::new();
+    for disk in disks {
+        let mut free = (0..=MAX_LUN).filter_map(LunNumber::new);
+        let lun = disk.lun.or_else(|| free.find(|l| !taken.contains(&(disk.target, *l))));
+        let lun = lun.ok_or_else(|| {
+            StartError::usage(format!("target {} has no free LUN left", disk.target))
+        })?;
+        taken.insert((disk.target, lun));
+        luns.push(lun);
+    }
+    Ok(luns)
+}
+
+/// Opens all disks. Files are created last, and if one cannot be, those created before it go again:
+/// a start that fails changes nothing.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn open_disks(disks: &[DiskConfig]) -> Result<Vec<Arc<Lun>>, StartError> {
+    if disks.is_empty() {
+        return Err(StartError::usage("no DISK given; thinlun --help shows how"));
+    }
+    let luns = assign_luns(disks)?;
+    let mut created = Created::default();
+    let mut open = Vec::new();
+    for (index, disk) in disks.iter().enumerate() {
+        if disk.path.exists() || disk.size.is_none() {
+            open.push((index, open_existing(disk)?));
+        }
+    }
+    for (index, disk) in disks.iter().enumerate() {
+        if let (Some(size), false) = (disk.size, open.iter().any(|(i, _)| *i == index)) {
+            created.create(disk, size)?;
+            open.push((index, open_existing(disk)?));
+        }
+    }
+    open.sort_by_key(|(index, _)| *index);
+    let mut units = Vec::new();
+    for (((index, store), disk), lun) in open.into_iter().zip(disks).zip(luns) {
+        let settings = disk.settings(lun, &store)?;
+        let unit = Lun::new(settings, index, Arc::new(store));
+        units.push(Arc::new(unit.map_err(|e| disk.host_error(&e.to_string()))?));
+    }
+    created.keep();
+    Ok(units)
+}
+
+fn open_existing(disk: &DiskConfig) -> Result<FileStore, StartError> {
+    let host = |OpenError(why)| disk.host_error(&why);
+    let store = FileStore::open(&disk.path, &disk.open_options()).map_err(host)?;
+    let size = store.size().map_err(|e| disk.host_error(&e.to_string()))?;
+    match disk.size {
+        Some(asked) if asked != size => Err(disk.host_error(&format!(
+            "is {size} bytes long, not size={asked}; size= is for files that are not there yet"
+        ))),
+        _ => Ok(store),
+    }
+}
+
+/// Files created by this start, removed again unless it succeeds.
+#[derive(Default)]
+struct Created(Vec<PathBuf>);
+
+impl Created {
+    fn create(&mut self, disk: &DiskConfig, size: u64) -> Result<(), StartError> {
+        create_sparse(&disk.path, size).map_err(|OpenError(why)| disk.host_error(&why))?;
+        self.0.push(disk.path.clone());
+        Ok(())
+    }
+
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Created {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Splits at single commas; a doubled one is a comma in the text, as QEMU has it.
+fn split_at_commas(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c == ',' && chars.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+        } else if let Some(last) = parts.last_mut() {
+            last.push(c);
+        }
+    }
+    parts
+}
+
+fn given(value: Option<&str>) -> Result<&str, String> {
+    value.filter(|v| !v.is_empty()).ok_or_else(|| "needs a value".into())
+}
+
+fn switch(value: Option<&str>) -> Result<bool, String> {
+    match value {
+        None | Some("on") => Ok(true),
+        Some("off") => Ok(false),
+        Some(other) => Err(format!("'{other}' is not on or off")),
+    }
+}
+
+fn number<T: TryFrom<u32>>(value: Option<&str>, max: u32) -> Result<T, String> {
+    let value = given(value)?;
+    let number = value.parse::<u32>().ok().filter(|n| *n <= max);
+    number
+        .and_then(|n| T::try_from(n).ok())
+        .ok_or_else(|| format!("'{value}' is not a number from 0 to {max}"))
+}
+
+fn block_size(value: Option<&str>, allowed: &[u32]) -> Result<u32, String> {
+    let value = given(value)?;
+    let size = value.parse().ok().filter(|n| allowed.contains(n));
+    size.ok_or_else(|| {
+        let names: Vec<String> = allowed.iter().map(u32::to_string).collect();
+        format!("'{value}' is not one of {}", names.join(", "))
+    })
+}
+
+fn serial(value: &str) -> Result<String, String> {
+    let printable = value.bytes().all(|b| (0x20..0x7f).contains(&b));
+    match printable && value.len() <= 64 {
+        true => Ok(value.to_owned()),
+        false => Err("at most 64 printable ASCII characters".into()),
+    }
+}
+
+/// An NAA name in hexadecimal: 16 digits for formats 2, 3 and 5, 32 digits for format 6.
+fn naa(value: &str) -> Result<Vec<u8>, String> {
+    let digits = value.trim_start_matches("naa.").trim_start_matches("0x");
+    let fits = match (digits.chars().next(), digits.len()) {
+        (Some('2' | '3' | '5'), 16) | (Some('6'), 32) => true,
+        _ => false,
+    };
+    let bytes = (0..digits.len() / 2)
+        .map(|n| digits.get(2 * n..2 * n + 2).and_then(|d| u8::from_str_radix(d, 16).ok()));
+    match bytes.collect::<Option<Vec<u8>>>() {
+        Some(bytes) if fits => Ok(bytes),
+        _ => Err(format!(
+            "'{value}' is no NAA name: 16 hexadecimal digits that begin with 2, 3 or 5, or 32 that \
+             begin with 6"
+        )),
+    }
+}
+
+/// Bytes, with K, M, G or T for powers of 1024.
+fn size(value: &str) -> Result<u64, String> {
+    let (digits, unit) = match value.char_indices().last() {
+        Some((at, unit)) if unit.is_ascii_alphabetic() => (value.get(..at).unwrap_or(""), unit),
+        _ => (value, 'B'),
+    };
+    let shift = match unit.to_ascii_uppercase() {
+        'B' => 0,
+        'K' => 10,
+        'M' => 20,
+        'G' => 30,
+        'T' => 40,
+        _ => return Err(format!("'{value}': the unit is not K, M, G or T")),
+    };
+    let bytes = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
+    match bytes {
+        Some(bytes) if bytes > 0 && i64::try_from(bytes).is_ok() => Ok(bytes),
+        _ => Err(format!("'{value}' is no size, such as 512M or 3T")),
+    }
+}
+
+/// A locally assigned NAA name (format 3h, SPC-5 7.7.6.6.4) from a file's lasting name, so that it
+/// stays the same over restarts: 60 bits of its FNV-1a hash.
+fn derived_naa(name: &Path) -> Vec<u8> {
+    use std::os::unix::ffi::OsStrExt;
+    let hash = name.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    (0x3 << 60 | hash >> 4).to_be_bytes().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_read() {
+        let disk = DiskConfig::parse(
+            "/a,,b.img,readonly,lun=300,target=2,block-size=4096,physical-block-size=8192,\
+             serial=a,,b,wwn=5000c50015ea71ac,size=3T,rotational=off,cache=direct",
+        )
+        .unwrap();
+        assert_eq!(disk.path, Path::new("/a,b.img"));
+        assert_eq!((disk.lun, disk.target), (LunNumber::new(300), 2));
+        assert_eq!((disk.block_size, disk.physical_block_size), (4096, Some(8192)));
+        assert_eq!((disk.serial.as_deref(), disk.size), (Some("a,b"), Some(3 << 40)));
+        assert_eq!(disk.naa, Some(vec![0x50, 0, 0xc5, 0, 0x15, 0xea, 0x71, 0xac]));
+        assert!(disk.read_only && !disk.rotational);
+        assert_eq!(disk.cache, CacheMode::Direct);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (argument, part) in [
+            ("", "no path"),
+            ("a,color=red", "color: no such option"),
+            ("a,lun=16384", "lun: '16384' is not a number from 0 to 16383"),
+            ("a,lun", "lun: needs a value"),
+            ("a,readonly=yes", "readonly: 'yes' is not on or off"),
+            ("a,block-size=1024", "'1024' is not one of 512, 4096"),
+            ("a,size=1000", "no multiple"),
+            ("a,size=0", "no size"),
+            ("a,size=9999999T", "no size"),
+            ("a,size=12Q", "unit"),
+            ("a,wwn=1000c50015ea71ac", "NAA"),
+            ("a,wwn=5000c50015ea71a", "NAA"),
+            ("a,wwn=5000c50015ea71é", "NAA"),
+            ("a,lun=1,lun=2", "given twice"),
+            ("a,block-size=4096,physical-block-size=512", "smaller"),
+            ("a,cache=none", "'none' is not"),
+        ] {
+            let error = DiskConfig::parse(argument).unwrap_err();
+            assert!(error.message.contains(part), "{argument}: {error}");
+            assert_eq!(error.status, 2);
+        }
+    }
+
+    #[test]
+    fn luns_are_given_in_order_around_those_asked_for() {
+        let disks: Vec<DiskConfig> = ["a", "b,lun=0", "c,target=1", "d", "e,lun=300"]
+            .map(|a| DiskConfig::parse(a).unwrap())
+            .into();
+        let luns: Vec<u16> = assign_luns(&disks).unwrap().iter().map(|l| l.get()).collect();
+        assert_eq!(luns, [1, 0, 0, 2, 300]);
+        let twice = ["a,lun=1", "b,lun=1"].map(|a| DiskConfig::parse(a).unwrap());
+        assert!(assign_luns(&twice).unwrap_err().message.contains("LUN 1 is taken"));
+    }
+
+    #[test]
+    fn names_are_stable_and_differ() {
+        let a = derived_naa(Path::new("/images/a.img"));
+        assert_eq!(a, derived_naa(Path::new("/images/a.img")));
+        assert_ne!(a, derived_naa(Path::new("/images/b.img")));
+        assert_eq!((a.len(), a[0] >> 4), (8, 3));
+    }
+}

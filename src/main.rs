@@ -1,0 +1,20 @@
+//! The program: parse, validate, serve. See the library's documentation for what happens inside.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use thinlun::cli::Cli;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        .format_target(false)
+        .init();
+    match thinlun::daemon::run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("thinlun: {error}");
+            ExitCode::from(error.status)
+        }
+    }
+}

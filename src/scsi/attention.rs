@@ -1,0 +1,123 @@
+//! Initiators and what each disk still has to tell them: unit attention conditions (SAM-6 5.14).
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::sense::{Asc, Key, Sense, asc};
+
+/// A condition to be reported once to each initiator, most urgent first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnitAttention {
+    /// The disk was powered on or reset.
+    PowerOnOrReset,
+    /// The nexus was lost or reset.
+    NexusLoss,
+    /// Another initiator, or a reset, changed mode parameters.
+    ModeParametersChanged,
+    /// The disk grew or shrank.
+    CapacityChanged,
+    /// Disks came or went.
+    ReportedLunsChanged,
+}
+
+impl UnitAttention {
+    /// All of them, in the order of reporting: a reset says more than anything it hides.
+    const ALL: [Self; 5] = [
+        Self::PowerOnOrReset,
+        Self::NexusLoss,
+        Self::ModeParametersChanged,
+        Self::CapacityChanged,
+        Self::ReportedLunsChanged,
+    ];
+
+    /// Its additional sense code.
+    pub fn asc(self) -> Asc {
+        match self {
+            Self::PowerOnOrReset => asc::POWER_ON_OR_RESET,
+            Self::NexusLoss => asc::I_T_NEXUS_LOSS,
+            Self::ModeParametersChanged => asc::MODE_PARAMETERS_CHANGED,
+            Self::CapacityChanged => asc::CAPACITY_DATA_CHANGED,
+            Self::ReportedLunsChanged => asc::REPORTED_LUNS_DATA_CHANGED,
+        }
+    }
+
+    /// Its sense data.
+    pub fn sense(self) -> Sense {
+        Sense::new(Key::UnitAttention, self.asc())
+    }
+
+    fn bit(self) -> u32 {
+        1 << self as u32
+    }
+}
+
+/// The conditions due to one initiator from one disk. A set, so that it is bounded however often a
+/// guest resets the disk, and free to look at on every command.
+#[derive(Debug, Default)]
+pub struct Attentions(AtomicU32);
+
+impl Attentions {
+    /// Adds a condition.
+    pub fn raise(&self, attention: UnitAttention) {
+        self.0.fetch_or(attention.bit(), Ordering::AcqRel);
+    }
+
+    /// A reset: whatever was due before no longer matters.
+    pub fn reset(&self, attention: UnitAttention) {
+        self.0.store(attention.bit(), Ordering::Release);
+    }
+
+    /// Takes out the most urgent condition, if there is one.
+    pub fn take(&self) -> Option<UnitAttention> {
+        if self.0.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        UnitAttention::ALL
+            .into_iter()
+            .find(|a| self.0.fetch_and(!a.bit(), Ordering::AcqRel) & a.bit() != 0)
+    }
+
+    /// Takes back a condition that another answer has made known.
+    pub fn clear(&self, attention: UnitAttention) {
+        self.0.fetch_and(!attention.bit(), Ordering::AcqRel);
+    }
+}
+
+/// One initiator's view of the target: an I_T nexus (here: one vhost-user connection).
+#[derive(Debug)]
+pub struct Nexus {
+    attentions: Vec<Attentions>,
+    none: Attentions,
+}
+
+impl Nexus {
+    /// A new nexus to a target of `disks` disks.
+    pub(super) fn new(disks: usize) -> Self {
+        let attentions = (0..disks).map(|_| Attentions::default()).collect();
+        Nexus { attentions, none: Attentions::default() }
+    }
+
+    /// What disk number `index` of the target has to tell this initiator.
+    pub fn attentions(&self, index: usize) -> &Attentions {
+        self.attentions.get(index).unwrap_or(&self.none)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reported_once_most_urgent_first() {
+        let a = Attentions::default();
+        a.raise(UnitAttention::CapacityChanged);
+        a.raise(UnitAttention::PowerOnOrReset);
+        a.raise(UnitAttention::CapacityChanged);
+        assert_eq!(a.take(), Some(UnitAttention::PowerOnOrReset));
+        assert_eq!(a.take(), Some(UnitAttention::CapacityChanged));
+        assert_eq!(a.take(), None);
+        a.raise(UnitAttention::ModeParametersChanged);
+        a.reset(UnitAttention::PowerOnOrReset);
+        assert_eq!(a.take(), Some(UnitAttention::PowerOnOrReset));
+        assert_eq!(a.take(), None);
+    }
+}

@@ -1,0 +1,296 @@
+//! THE TABLE of commands: dispatch, REPORT SUPPORTED OPERATION CODES, the README's list and the
+//! tests all read it. A new command is one file, or a function in one, plus one row.
+
+mod capacity;
+mod flush;
+mod inquiry;
+mod log;
+pub mod mode;
+mod power;
+mod report;
+mod rw;
+mod sense;
+mod verify;
+mod vpd;
+
+use std::sync::Arc;
+
+use super::attention::Nexus;
+use super::lun::Lun;
+use super::sense::ScsiError;
+use super::target::{LUN_NOT_SUPPORTED, Missing, Target};
+use super::wire::Cdb;
+use super::{Request, wire};
+use crate::store::Operation;
+use crate::store::engine::Cancel;
+
+/// What a command does with the medium, and so what has to be checked before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Nothing: it works on a stopped disk too.
+    None,
+    /// Reads it, or makes it be read.
+    Read,
+    /// Changes it.
+    Write,
+}
+
+/// Direction of the data phase, as the initiator sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Data {
+    /// No data phase.
+    None,
+    /// Data to the initiator.
+    In,
+    /// Data from the initiator.
+    Out,
+}
+
+/// How to tell commands with the same operation code apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServiceAction {
+    /// The operation code says it all.
+    None,
+    /// In the low five bits of byte 1.
+    Byte1(u8),
+}
+
+/// What a handler gets.
+pub struct Context<'a> {
+    /// The whole target, for commands that look beyond their disk.
+    pub target: &'a Target,
+    /// Who asks.
+    pub nexus: &'a Arc<Nexus>,
+    /// The disk that is asked.
+    pub lun: &'a Arc<Lun>,
+    /// The command itself.
+    pub request: Request,
+}
+
+/// Blocking work that ends with the number of bytes transferred. It looks at the cancel flag before
+/// each step that may take long, and ends with [`ScsiError::Aborted`] when it is set.
+pub type JobFn = Box<dyn FnOnce(&Cancel) -> Result<usize, ScsiError> + Send>;
+
+/// What a handler wants done.
+pub enum Reply {
+    /// GOOD, without data.
+    Good,
+    /// GOOD, after that many bytes of data-out were taken.
+    Consumed(usize),
+    /// GOOD, with data to be cut off at the allocation length.
+    Data {
+        /// The whole answer.
+        bytes: Vec<u8>,
+        /// How much of it the initiator wants.
+        allocation: usize,
+    },
+    /// One operation of the store; GOOD when it succeeds. With the bytes of the data buffers used.
+    Transfer(Operation, usize),
+    /// Blocking work.
+    Job(JobFn),
+}
+
+/// A handler validates and plans; it never blocks.
+pub type Handler = fn(Context<'_>) -> Result<Reply, ScsiError>;
+
+/// A row of the table.
+pub struct Command {
+    /// Its name in the standard.
+    pub name: &'static str,
+    /// Service action, if the operation code alone does not name it.
+    pub service_action: ServiceAction,
+    /// CDB usage data (SPC-5 6.36.3): the operation code, then for each byte the bits that are looked
+    /// at. Every other bit is reserved and must be zero. Its length is the CDB's.
+    pub usage: &'static [u8],
+    /// Direction of its data.
+    pub data: Data,
+    /// What it does with the medium.
+    pub access: Access,
+    /// Runs although a unit attention is due (SAM-6 5.14.5).
+    pub exempt_from_attention: bool,
+    /// Nominal and recommended timeout in seconds (0: none is given).
+    pub timeouts: (u32, u32),
+    /// What it does.
+    pub handler: Handler,
+}
+
+impl Command {
+    /// Operation code.
+    pub fn opcode(&self) -> u8 {
+        self.usage.first().copied().unwrap_or(0)
+    }
+
+    /// The standard's clause is simple: a reserved bit that is set is an invalid field.
+    ///
+    /// # Errors
+    /// 05/24/00 pointing at the leftmost such bit.
+    pub fn check_reserved_bits(&self, cdb: &Cdb) -> Result<(), ScsiError> {
+        for (byte, (value, used)) in (0u16..).zip(cdb.0.iter().zip(self.usage)).skip(1) {
+            let used = match self.service_action {
+                ServiceAction::Byte1(_) if byte == 1 => used | 0x1f,
+                _ => *used,
+            };
+            if let Some(bit) = (value & !used).checked_ilog2() {
+                return Err(ScsiError::cdb_field(byte, u8::try_from(bit).unwrap_or(7)));
+            }
+        }
+        Ok(())
+    }
+
+    fn matches(&self, cdb: &Cdb) -> bool {
+        self.opcode() == cdb.opcode()
+            && match self.service_action {
+                ServiceAction::None => true,
+                ServiceAction::Byte1(action) => cdb.byte(1) & 0x1f == action,
+            }
+    }
+}
+
+/// Finds the row for a CDB.
+///
+/// # Errors
+/// 05/20/00 for an unknown operation code, 05/24/00 for an unknown service action of a known one.
+pub fn find(cdb: &Cdb) -> Result<&'static Command, ScsiError> {
+    let mut same_opcode = TABLE.iter().filter(|c| c.opcode() == cdb.opcode()).peekable();
+    if same_opcode.peek().is_none() {
+        return Err(ScsiError::INVALID_OPCODE);
+    }
+    same_opcode.find(|c| c.matches(cdb)).ok_or(ScsiError::cdb_field(1, 4))
+}
+
+/// What a logical unit answers that is no disk: data and allocation length.
+pub(super) fn without_disk(
+    target: &Target,
+    number: u8,
+    request: &Request,
+    missing: Missing,
+) -> Result<(Vec<u8>, usize), ScsiError> {
+    let command = find(&request.cdb)?;
+    command.check_reserved_bits(&request.cdb)?;
+    let well_known = missing == Missing::WellKnown;
+    let finds_luns = well_known || missing == Missing::Lun { lun_zero: true };
+    match command.opcode() {
+        opcode::INQUIRY => inquiry::without_disk(&request.cdb, well_known),
+        opcode::REPORT_LUNS if finds_luns => report::luns(target, number, &request.cdb),
+        opcode::REQUEST_SENSE => sense::without_disk(&request.cdb, well_known),
+        opcode::TEST_UNIT_READY if well_known => Ok((Vec::new(), 0)),
+        _ if well_known => Err(ScsiError::INVALID_OPCODE),
+        _ => Err(LUN_NOT_SUPPORTED),
+    }
+}
+
+/// Operation codes that are named outside the table.
+mod opcode {
+    pub(super) const TEST_UNIT_READY: u8 = 0x00;
+    pub(super) const REQUEST_SENSE: u8 = 0x03;
+    pub(super) const INQUIRY: u8 = 0x12;
+    pub(super) const REPORT_LUNS: u8 = 0xa0;
+}
+
+/// Seconds within which a command that only looks at our memory is answered.
+const QUICK: (u32, u32) = (0, 10);
+/// Seconds for a transfer, which may wait for a busy host.
+const TRANSFER: (u32, u32) = (0, 60);
+/// Seconds for a flush, which may have to write out a whole page cache.
+const FLUSH: (u32, u32) = (0, 300);
+
+/// DPO and FUA.
+const DPO_FUA: u8 = 0x18;
+/// DPO and BYTCHK.
+const DPO_BYTCHK: u8 = 0x16;
+/// IMMED.
+const IMMED: u8 = 0x02;
+
+const fn row(
+    name: &'static str,
+    usage: &'static [u8],
+    data: Data,
+    access: Access,
+    timeouts: (u32, u32),
+    handler: Handler,
+) -> Command {
+    Command {
+        name,
+        service_action: ServiceAction::None,
+        usage,
+        data,
+        access,
+        exempt_from_attention: false,
+        timeouts,
+        handler,
+    }
+}
+
+impl Command {
+    const fn action(mut self, action: u8) -> Self {
+        self.service_action = ServiceAction::Byte1(action);
+        self
+    }
+
+    const fn exempt(mut self) -> Self {
+        self.exempt_from_attention = true;
+        self
+    }
+}
+
+const FF: u8 = 0xff;
+
+/// Usage of the ten-byte block CDB: flags, LBA, length. GROUP NUMBER is reserved: there are no groups.
+const fn cdb10(opcode: u8, flags: u8) -> [u8; 10] {
+    [opcode, flags, FF, FF, FF, FF, 0, FF, FF, 0]
+}
+
+/// Usage of the twelve-byte block CDB.
+const fn cdb12(opcode: u8, flags: u8) -> [u8; 12] {
+    [opcode, flags, FF, FF, FF, FF, FF, FF, FF, FF, 0, 0]
+}
+
+/// Usage of the sixteen-byte block CDB.
+const fn cdb16(opcode: u8, flags: u8) -> [u8; 16] {
+    [opcode, flags, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, 0, 0]
+}
+
+use Access::{Read, Write};
+use Data::{In, Out};
+/// No data phase.
+const NO: Data = Data::None;
+/// No access to the medium.
+const NA: Access = Access::None;
+
+/// Every command there is, in the order of operation codes.
+#[rustfmt::skip]
+pub static TABLE: &[Command] = &[
+    row("TEST UNIT READY", &[0x00, 0, 0, 0, 0, 0], NO, Read, QUICK, power::test_unit_ready),
+    row("REQUEST SENSE", &[0x03, 1, 0, 0, FF, 0], In, NA, QUICK, sense::request_sense).exempt(),
+    row("READ(6)", &[0x08, 0x1f, FF, FF, FF, 0], In, Read, TRANSFER, rw::read),
+    row("WRITE(6)", &[0x0a, 0x1f, FF, FF, FF, 0], Out, Write, TRANSFER, rw::write),
+    row("INQUIRY", &[0x12, 1, FF, FF, FF, 0], In, NA, QUICK, inquiry::inquiry).exempt(),
+    row("MODE SELECT(6)", &[0x15, 0x11, 0, 0, FF, 0], Out, NA, FLUSH, mode::mode_select),
+    row("MODE SENSE(6)", &[0x1a, 0x08, FF, FF, FF, 0], In, NA, QUICK, mode::mode_sense),
+    row("START STOP UNIT", &[0x1b, 1, 0, 0x0f, 0xf7, 0], NO, NA, FLUSH, power::start_stop_unit),
+    row("PREVENT ALLOW MEDIUM REMOVAL", &[0x1e, 0, 0, 0, 3, 0], NO, NA, QUICK, power::prevent_allow),
+    row("READ CAPACITY(10)", &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], In, Read, QUICK, capacity::read_capacity_10),
+    row("READ(10)", const { &cdb10(0x28, DPO_FUA) }, In, Read, TRANSFER, rw::read),
+    row("WRITE(10)", const { &cdb10(0x2a, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
+    row("WRITE AND VERIFY(10)", const { &cdb10(0x2e, DPO_BYTCHK) }, Out, Write, TRANSFER, verify::write_and_verify),
+    row("VERIFY(10)", const { &cdb10(0x2f, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
+    row("PRE-FETCH(10)", const { &cdb10(0x34, IMMED) }, NO, Read, QUICK, flush::prefetch),
+    row("SYNCHRONIZE CACHE(10)", const { &cdb10(0x35, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache),
+    row("LOG SENSE", &[0x4d, 0, FF, FF, 0, FF, FF, FF, FF, 0], In, NA, QUICK, log::log_sense),
+    row("MODE SELECT(10)", &[0x55, 0x11, 0, 0, 0, 0, 0, FF, FF, 0], Out, NA, FLUSH, mode::mode_select),
+    row("MODE SENSE(10)", &[0x5a, 0x18, FF, FF, 0, 0, 0, FF, FF, 0], In, NA, QUICK, mode::mode_sense),
+    row("READ(16)", const { &cdb16(0x88, DPO_FUA) }, In, Read, TRANSFER, rw::read),
+    row("WRITE(16)", const { &cdb16(0x8a, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
+    row("WRITE AND VERIFY(16)", const { &cdb16(0x8e, DPO_BYTCHK) }, Out, Write, TRANSFER, verify::write_and_verify),
+    row("VERIFY(16)", const { &cdb16(0x8f, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
+    row("PRE-FETCH(16)", const { &cdb16(0x90, IMMED) }, NO, Read, QUICK, flush::prefetch),
+    row("SYNCHRONIZE CACHE(16)", const { &cdb16(0x91, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache),
+    row("READ CAPACITY(16)", &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, Read, QUICK, capacity::read_capacity_16).action(0x10),
+    row("REPORT LUNS", &[0xa0, 0, FF, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::report_luns).exempt(),
+    row("REPORT SUPPORTED OPERATION CODES", &[0xa3, 0x0c, 0x87, FF, FF, FF, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::supported_operation_codes).action(0x0c),
+    row("REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS", &[0xa3, 0x0d, 0x80, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::supported_task_management).action(0x0d),
+    row("READ(12)", const { &cdb12(0xa8, DPO_FUA) }, In, Read, TRANSFER, rw::read),
+    row("WRITE(12)", const { &cdb12(0xaa, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
+    row("WRITE AND VERIFY(12)", const { &cdb12(0xae, DPO_BYTCHK) }, Out, Write, TRANSFER, verify::write_and_verify),
+    row("VERIFY(12)", const { &cdb12(0xaf, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
+];

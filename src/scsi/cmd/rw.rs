@@ -1,0 +1,155 @@
+//! READ and WRITE (6, 10, 12, 16), and the CDB shapes that all block commands share (SBC-4 5.15 ff).
+
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+
+use super::{Context, Reply};
+use crate::scsi::lun::BlockRange;
+use crate::scsi::sense::ScsiError;
+use crate::scsi::wire::{Cdb, U16, U32, U64};
+use crate::store::Operation;
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Cdb6 {
+    opcode: u8,
+    lba_high: u8,
+    lba_low: U16,
+    blocks: u8,
+    control: u8,
+}
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Cdb10 {
+    opcode: u8,
+    flags: u8,
+    lba: U32,
+    group: u8,
+    blocks: U16,
+    control: u8,
+}
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Cdb12 {
+    opcode: u8,
+    flags: u8,
+    lba: U32,
+    blocks: U32,
+    group: u8,
+    control: u8,
+}
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Cdb16 {
+    opcode: u8,
+    flags: u8,
+    lba: U64,
+    blocks: U32,
+    group: u8,
+    control: u8,
+}
+
+/// What every block command's CDB says, whatever its length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct BlockCdb {
+    pub lba: u64,
+    pub blocks: u64,
+    flags: u8,
+}
+
+impl BlockCdb {
+    /// Reads the shape that the group code of the opcode stands for (SPC-5 4.2.5.1).
+    pub(super) fn parse(cdb: &Cdb) -> Result<Self, ScsiError> {
+        Ok(match cdb.opcode() >> 5 {
+            0 => {
+                let c: &Cdb6 = cdb.view()?;
+                let lba = u64::from(c.lba_high & 0x1f) << 16 | u64::from(c.lba_low);
+                // Zero means 256 blocks, in the six-byte commands only.
+                let blocks = if c.blocks == 0 { 256 } else { u64::from(c.blocks) };
+                BlockCdb { lba, blocks, flags: 0 }
+            }
+            1 => {
+                let c: &Cdb10 = cdb.view()?;
+                BlockCdb { lba: c.lba.into(), blocks: c.blocks.into(), flags: c.flags }
+            }
+            5 => {
+                let c: &Cdb12 = cdb.view()?;
+                BlockCdb { lba: c.lba.into(), blocks: c.blocks.into(), flags: c.flags }
+            }
+            _ => {
+                let c: &Cdb16 = cdb.view()?;
+                BlockCdb { lba: c.lba.into(), blocks: c.blocks.into(), flags: c.flags }
+            }
+        })
+    }
+
+    /// Force unit access. DPO, the bit above it, is a hint about caching that we have no use for.
+    pub(super) fn fua(self) -> bool {
+        self.flags & 0x08 != 0
+    }
+
+    /// BYTCHK of the VERIFY and WRITE AND VERIFY commands.
+    pub(super) fn bytchk(self) -> u8 {
+        (self.flags >> 1) & 3
+    }
+}
+
+/// The command's range, checked.
+pub(super) fn range_of(context: &Context<'_>) -> Result<(BlockCdb, BlockRange), ScsiError> {
+    let cdb = BlockCdb::parse(&context.request.cdb)?;
+    Ok((cdb, context.lun.range(cdb.lba, cdb.blocks)?))
+}
+
+/// READ. With FUA the data is made stable first and then read from the medium (SBC-4 4.15).
+pub(super) fn read(context: Context<'_>) -> Result<Reply, ScsiError> {
+    let (cdb, range) = range_of(&context)?;
+    if range.bytes == 0 {
+        return Ok(Reply::Good);
+    }
+    if context.request.data_in.len() < range.bytes {
+        return Err(ScsiError::Overrun);
+    }
+    let into = exactly(context.request.data_in, range.bytes);
+    let read = Operation::Read { offset: range.offset, into, medium: cdb.fua() };
+    Ok(Reply::Transfer(read, range.bytes))
+}
+
+/// WRITE.
+pub(super) fn write(context: Context<'_>) -> Result<Reply, ScsiError> {
+    let (cdb, range) = range_of(&context)?;
+    if range.bytes == 0 {
+        return Ok(Reply::Good);
+    }
+    if context.request.data_out.len() < range.bytes {
+        return Err(ScsiError::Overrun);
+    }
+    let durability = context.lun.durability(cdb.fua());
+    let from = exactly(context.request.data_out, range.bytes);
+    let write = Operation::Write { offset: range.offset, from, durability };
+    Ok(Reply::Transfer(write, range.bytes))
+}
+
+/// The first `len` bytes of a list that has at least as many; the list itself where it fits.
+fn exactly(list: crate::store::Buffers, len: usize) -> crate::store::Buffers {
+    if list.len() == len { list } else { list.slice(0, len) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_shape_parses() {
+        let parse = |bytes: &[u8]| BlockCdb::parse(&Cdb::new(bytes)).unwrap();
+        let c = parse(&[0x08, 0x1f, 0xff, 0xfe, 0, 0]);
+        assert_eq!((c.lba, c.blocks, c.fua()), (0x1f_fffe, 256, false));
+        let c = parse(&[0x28, 0x08, 1, 2, 3, 4, 0, 5, 6, 0]);
+        assert_eq!((c.lba, c.blocks, c.fua()), (0x0102_0304, 0x0506, true));
+        let c = parse(&[0xaf, 0x06, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0]);
+        assert_eq!((c.lba, c.blocks, c.bytchk()), (0x0102_0304, 0x0506_0708, 3));
+        let c = parse(&[0x8f, 0x02, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0, 0]);
+        assert_eq!((c.lba, c.blocks, c.bytchk()), (0x0102_0304_0506_0708, 0x090a_0b0c, 1));
+    }
+}

@@ -1,0 +1,34 @@
+//! REQUEST SENSE (SPC-5 6.39).
+
+use super::{Context, Reply};
+use crate::scsi::sense::ScsiError;
+use crate::scsi::sense::{Key, Sense, asc};
+use crate::scsi::wire::Cdb;
+
+/// Whether DESC asks for descriptor format, and the allocation length.
+fn parse(cdb: &Cdb) -> (bool, usize) {
+    (cdb.byte(1) & 1 != 0, cdb.byte(4).into())
+}
+
+/// REQUEST SENSE to a disk: a unit attention that is due (and no longer is then), or the condition
+/// that keeps it from being ready, or nothing.
+pub(super) fn request_sense(context: Context<'_>) -> Result<Reply, ScsiError> {
+    let (descriptor_format, allocation) = parse(&context.request.cdb);
+    let attention = context.nexus.attentions(context.lun.index()).take();
+    let sense = match (attention, context.lun.check_ready()) {
+        (Some(attention), _) => attention.sense(),
+        (None, Err(ScsiError::Check(not_ready))) => not_ready,
+        (None, _) => Sense::new(Key::NoSense, asc::NONE),
+    };
+    Ok(Reply::Data { bytes: sense.encode(descriptor_format), allocation })
+}
+
+/// REQUEST SENSE to no disk: GOOD, and the data says what is wrong.
+pub(super) fn without_disk(cdb: &Cdb, well_known: bool) -> Result<(Vec<u8>, usize), ScsiError> {
+    let (descriptor_format, allocation) = parse(cdb);
+    let sense = match well_known {
+        true => Sense::new(Key::NoSense, asc::NONE),
+        false => Sense::new(Key::IllegalRequest, asc::LOGICAL_UNIT_NOT_SUPPORTED),
+    };
+    Ok((sense.encode(descriptor_format), allocation))
+}

@@ -1,0 +1,184 @@
+//! VERIFY and WRITE AND VERIFY (10, 12, 16) with BYTCHK 0, 1 and 3 (SBC-4 5.36, 5.47).
+
+use std::sync::Arc;
+
+use super::rw::range_of;
+use super::{Context, Reply};
+use crate::scsi::lun::{BlockRange, Lun};
+use crate::scsi::sense::ScsiError;
+use crate::store::engine::Cancel;
+use crate::store::{Buffers, Durability};
+
+/// Memory that one verification uses to read into, in bytes.
+const CHUNK: usize = 256 << 10;
+
+/// What the medium is compared with.
+enum Against {
+    /// Nothing: it only has to be readable (BYTCHK 00b).
+    Nothing,
+    /// The data-out buffer, block for block (01b).
+    All,
+    /// One block, over and over (11b).
+    OneBlock,
+}
+
+impl Against {
+    fn parse(bytchk: u8) -> Result<Self, ScsiError> {
+        match bytchk {
+            0 => Ok(Against::Nothing),
+            1 => Ok(Against::All),
+            3 => Ok(Against::OneBlock),
+            _ => Err(ScsiError::cdb_field(1, 2)),
+        }
+    }
+
+    /// Bytes of data-out that the command needs.
+    fn data_out(&self, range: &BlockRange, block_size: u32) -> usize {
+        match self {
+            _ if range.bytes == 0 => 0,
+            Against::Nothing => 0,
+            Against::All => range.bytes,
+            Against::OneBlock => block_size as usize,
+        }
+    }
+
+    /// Where the byte at `position` of the range is found in the data-out buffer.
+    fn position(&self, position: usize, block_size: u32) -> usize {
+        match self {
+            Against::Nothing | Against::All => position,
+            Against::OneBlock => position % (block_size as usize).max(1),
+        }
+    }
+}
+
+/// VERIFY.
+pub(super) fn verify(context: Context<'_>) -> Result<Reply, ScsiError> {
+    let (cdb, range) = range_of(&context)?;
+    let against = Against::parse(cdb.bytchk())?;
+    let needed = against.data_out(&range, context.lun.block_size());
+    let expected = data_out(&context, needed)?;
+    if range.bytes == 0 {
+        return Ok(Reply::Good);
+    }
+    let lun = Arc::clone(context.lun);
+    Ok(Reply::Job(Box::new(move |cancel| {
+        compare(&lun, &range, &against, &expected, cancel)?;
+        Ok(needed)
+    })))
+}
+
+/// WRITE AND VERIFY: the data reaches the medium and is read back from there. With BYTCHK 11b the one
+/// block of the data-out buffer is written to and verified on the whole range, as the VERIFY
+/// commands define that value.
+pub(super) fn write_and_verify(context: Context<'_>) -> Result<Reply, ScsiError> {
+    let (cdb, range) = range_of(&context)?;
+    let against = Against::parse(cdb.bytchk())?;
+    let to_write = match against {
+        Against::Nothing => Against::All,
+        Against::All | Against::OneBlock => against,
+    };
+    let needed = to_write.data_out(&range, context.lun.block_size());
+    let data = data_out(&context, needed)?;
+    if range.bytes == 0 {
+        return Ok(Reply::Good);
+    }
+    let against = Against::parse(cdb.bytchk())?;
+    let lun = Arc::clone(context.lun);
+    Ok(Reply::Job(Box::new(move |cancel| {
+        write_all(&lun, &range, &to_write, &data, cancel)?;
+        compare(&lun, &range, &against, &data, cancel)?;
+        Ok(needed)
+    })))
+}
+
+fn data_out(context: &Context<'_>, needed: usize) -> Result<Buffers, ScsiError> {
+    let data = &context.request.data_out;
+    if data.len() < needed { Err(ScsiError::Overrun) } else { Ok(data.slice(0, needed)) }
+}
+
+fn write_all(
+    lun: &Lun,
+    range: &BlockRange,
+    what: &Against,
+    data: &Buffers,
+    cancel: &Cancel,
+) -> Result<(), ScsiError> {
+    stop_if(cancel)?;
+    let repeated;
+    let from = match what {
+        Against::OneBlock => {
+            repeated = repeat(data, range.bytes)?;
+            &repeated
+        }
+        Against::Nothing | Against::All => data,
+    };
+    lun.store()
+        .write(range.offset, from, Durability::Stable)
+        .map_err(|e| ScsiError::from_store(e, true, lun.block_size()))
+}
+
+/// `block` over and over, `len` bytes of it; `len` is at most MAXIMUM TRANSFER LENGTH.
+fn repeat(block: &Buffers, len: usize) -> Result<Buffers, ScsiError> {
+    let all = Buffers::zeroed(len).ok_or(ScsiError::Busy)?;
+    let one = block.to_vec(block.len());
+    let mut done = 0;
+    while done < len && !one.is_empty() {
+        done += all.write_at(done, &one);
+    }
+    Ok(all)
+}
+
+/// Reads the range from the medium and compares it; the first difference is a MISCOMPARE.
+fn compare(
+    lun: &Lun,
+    range: &BlockRange,
+    against: &Against,
+    expected: &Buffers,
+    cancel: &Cancel,
+) -> Result<(), ScsiError> {
+    let own = Buffers::zeroed(CHUNK.min(range.bytes)).ok_or(ScsiError::Busy)?;
+    let mut done = 0;
+    while done < range.bytes {
+        stop_if(cancel)?;
+        let len = own.len().min(range.bytes - done);
+        let chunk = own.slice(0, len);
+        lun.store()
+            .read_medium(range.offset + done as u64, &chunk)
+            .map_err(|e| ScsiError::from_store(e, false, lun.block_size()))?;
+        if !matches!(against, Against::Nothing) {
+            let want = expected_at(against, expected, done, len, lun.block_size());
+            if let Some(at) = first_difference(&chunk.to_vec(len), &want) {
+                return Err(ScsiError::miscompare((done + at) as u64));
+            }
+        }
+        done += len;
+    }
+    Ok(())
+}
+
+/// The `len` bytes that the range must hold from `position` on.
+fn expected_at(
+    against: &Against,
+    expected: &Buffers,
+    position: usize,
+    len: usize,
+    block_size: u32,
+) -> Vec<u8> {
+    let mut want = vec![0; len];
+    let mut done = 0;
+    while let Some(rest) = want.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match expected.read_at(against.position(position + done, block_size), rest) {
+            0 => break,
+            n => done += n,
+        }
+    }
+    want
+}
+
+fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
+    if a == b { None } else { a.iter().zip(b).position(|(x, y)| x != y) }
+}
+
+fn stop_if(cancel: &Cancel) -> Result<(), ScsiError> {
+    if cancel.is_requested() { Err(ScsiError::Aborted) } else { Ok(()) }
+}

@@ -1,0 +1,178 @@
+//! Vital product data pages (SPC-5 7.7, SBC-4 6.6). What stands here is what the disk does; a field
+//! whose command or feature is not there stays zero.
+
+use zerocopy::{Immutable, IntoBytes, Unaligned};
+
+use super::inquiry::VENDOR;
+use crate::scsi::lun::Lun;
+use crate::scsi::sense::ScsiError;
+use crate::scsi::wire::{U16, U32, U64, ascii_field, bytes_of, len8, len16};
+
+/// A page: its code and what makes its contents after the header.
+type Page = (u8, fn(&Lun) -> Vec<u8>);
+
+/// Every page, in the order of codes; page 00 lists them.
+const PAGES: &[Page] = &[
+    (0x00, supported_pages),
+    (0x80, unit_serial_number),
+    (0x83, device_identification),
+    (0x86, extended_inquiry),
+    (0x87, mode_page_policy),
+    (0x88, scsi_ports),
+    (0xb0, block_limits),
+    (0xb1, block_device_characteristics),
+    (0xb2, logical_block_provisioning),
+];
+
+/// The whole page with its header.
+///
+/// # Errors
+/// 05/24/00 pointing at PAGE CODE for a page that is not there.
+pub(super) fn page(lun: &Lun, code: u8) -> Result<Vec<u8>, ScsiError> {
+    let (_, contents) = PAGES.iter().find(|(c, _)| *c == code).ok_or(ScsiError::cdb_field(2, 7))?;
+    let contents = contents(lun);
+    let [high, low] = len16(contents.len()).to_bytes();
+    let mut page = vec![0x00, code, high, low];
+    page.extend(contents);
+    Ok(page)
+}
+
+fn supported_pages(_: &Lun) -> Vec<u8> {
+    PAGES.iter().map(|(code, _)| *code).collect()
+}
+
+fn unit_serial_number(lun: &Lun) -> Vec<u8> {
+    lun.settings().serial.clone().into_bytes()
+}
+
+/// The relative target port identifier; there is one port.
+const RELATIVE_PORT: u16 = 1;
+
+/// Code set, designator type and association of a designation descriptor (SPC-5 7.7.6).
+enum Kind {
+    T10VendorId,
+    Naa,
+    RelativeTargetPort,
+    ScsiNameString,
+}
+
+/// One designation descriptor.
+fn designator(kind: Kind, designator: &[u8]) -> Vec<u8> {
+    let (code_set, association, designator_type) = match kind {
+        Kind::T10VendorId => (2, 0, 1),
+        Kind::Naa => (1, 0, 3),
+        Kind::RelativeTargetPort => (1, 1, 4),
+        Kind::ScsiNameString => (3, 0, 8),
+    };
+    let mut bytes = vec![code_set, association << 4 | designator_type, 0, len8(designator.len())];
+    bytes.extend_from_slice(designator);
+    bytes
+}
+
+/// The disk's NAA, its T10 name, its SCSI name string, and the port. All but the last stay the same
+/// wherever and however often the image is served.
+fn device_identification(lun: &Lun) -> Vec<u8> {
+    let settings = lun.settings();
+    let hex: String = settings.naa.iter().map(|b| format!("{b:02X}")).collect();
+    // UTF-8, null-terminated and padded to a multiple of four (SPC-5 4.3.2).
+    let mut name = format!("naa.{hex}").into_bytes();
+    name.resize((name.len() + 1).next_multiple_of(4), 0);
+    let mut t10 = ascii_field::<8>(VENDOR).to_vec();
+    t10.extend(settings.serial.bytes());
+    let port = [[0, 0], RELATIVE_PORT.to_be_bytes()].concat();
+    [
+        designator(Kind::Naa, &settings.naa),
+        designator(Kind::T10VendorId, &t10),
+        designator(Kind::ScsiNameString, &name),
+        designator(Kind::RelativeTargetPort, &port),
+    ]
+    .concat()
+}
+
+fn extended_inquiry(_: &Lun) -> Vec<u8> {
+    let mut page = vec![0; 60];
+    // Byte 5: SIMPSUP; VIRTIO lets every other task attribute be treated as SIMPLE, and so do we.
+    // Byte 6: V_SUP, there is a volatile cache.
+    for (byte, value) in [(1, 0x01), (2, 0x01)] {
+        if let Some(to) = page.get_mut(byte) {
+            *to = value;
+        }
+    }
+    page
+}
+
+/// One policy for all pages and subpages: shared by all initiators.
+fn mode_page_policy(_: &Lun) -> Vec<u8> {
+    vec![0x3f, 0xff, 0x00, 0]
+}
+
+/// The one target port; virtio-scsi defines no names for ports.
+fn scsi_ports(_: &Lun) -> Vec<u8> {
+    let [high, low] = RELATIVE_PORT.to_be_bytes();
+    vec![0, 0, high, low, 0, 0, 0, 0, 0, 0, 0, 0]
+}
+
+#[derive(IntoBytes, Immutable, Unaligned)]
+#[repr(C)]
+struct BlockLimits {
+    /// Bit 0: WSNZ.
+    wsnz: u8,
+    max_compare_and_write: u8,
+    optimal_granularity: U16,
+    max_transfer: U32,
+    optimal_transfer: U32,
+    max_prefetch: U32,
+    max_unmap_blocks: U32,
+    max_unmap_descriptors: U32,
+    optimal_unmap_granularity: U32,
+    unmap_alignment: U32,
+    max_write_same: U64,
+    max_atomic: U32,
+    atomic_alignment: U32,
+    atomic_granularity: U32,
+    max_atomic_with_boundary: U32,
+    max_atomic_boundary: U32,
+}
+
+fn block_limits(lun: &Lun) -> Vec<u8> {
+    let max_transfer = u32::try_from(lun.max_transfer_blocks()).unwrap_or(u32::MAX);
+    bytes_of(&BlockLimits {
+        wsnz: 0,
+        max_compare_and_write: 0,
+        optimal_granularity: U16::new(1 << lun.physical_exponent().min(15)),
+        max_transfer: U32::new(max_transfer),
+        optimal_transfer: U32::ZERO,
+        max_prefetch: U32::ZERO,
+        max_unmap_blocks: U32::ZERO,
+        max_unmap_descriptors: U32::ZERO,
+        optimal_unmap_granularity: U32::ZERO,
+        unmap_alignment: U32::ZERO,
+        max_write_same: U64::ZERO,
+        max_atomic: U32::ZERO,
+        atomic_alignment: U32::ZERO,
+        atomic_granularity: U32::ZERO,
+        max_atomic_with_boundary: U32::ZERO,
+        max_atomic_boundary: U32::ZERO,
+    })
+}
+
+/// MEDIUM ROTATION RATE: 1 says that nothing turns.
+const NON_ROTATING: u16 = 1;
+/// What a disk that pretends to turn says.
+const ROTATING: u16 = 7200;
+
+fn block_device_characteristics(lun: &Lun) -> Vec<u8> {
+    let rate = if lun.settings().rotational { ROTATING } else { NON_ROTATING };
+    let mut page = rate.to_be_bytes().to_vec();
+    page.resize(60, 0);
+    if let Some(flags) = page.get_mut(4) {
+        // FUAB: SYNCHRONIZE CACHE reaches the medium. VBULS: unmapped blocks can be verified too.
+        *flags = 0x03;
+    }
+    page
+}
+
+/// Nothing of provisioning is offered as long as UNMAP and WRITE SAME are not there.
+fn logical_block_provisioning(_: &Lun) -> Vec<u8> {
+    vec![0, 0, 0, 0]
+}

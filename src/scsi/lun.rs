@@ -1,0 +1,211 @@
+//! One disk: its identity, its geometry and the state that commands change.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::Outcome;
+use super::cmd::mode::Pages;
+use super::sense::{Key, ScsiError, Sense, asc};
+use super::target::LunNumber;
+use crate::store::{Durability, Store, StoreError};
+
+/// Most bytes that one command may transfer or verify (VPD B0 MAXIMUM TRANSFER LENGTH).
+pub const MAX_TRANSFER: u64 = 32 << 20;
+
+/// Most blocks of a disk: every byte offset fits an `off_t`, with room to spare.
+const MAX_BYTES: u64 = 1 << 62;
+
+/// What a disk is configured to be.
+#[derive(Clone, Debug)]
+pub struct LunSettings {
+    /// Target number, 0 to 255.
+    pub target: u8,
+    /// Logical unit number.
+    pub lun: LunNumber,
+    /// Unit serial number (VPD 80): printable ASCII.
+    pub serial: String,
+    /// NAA designator (VPD 83): 8 or 16 bytes.
+    pub naa: Vec<u8>,
+    /// Logical block size in bytes: 512 or 4096.
+    pub block_size: u32,
+    /// Physical block size in bytes: a power of two, not below `block_size`.
+    pub physical_block_size: u32,
+    /// Whether to look like a disk that turns.
+    pub rotational: bool,
+    /// Whether the write cache starts out enabled (WCE).
+    pub write_cache: bool,
+}
+
+/// A disk in service.
+pub struct Lun {
+    settings: LunSettings,
+    index: usize,
+    store: Arc<dyn Store>,
+    blocks: AtomicU64,
+    started: AtomicBool,
+    pages: Pages,
+}
+
+/// A range of logical blocks that lies inside the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockRange {
+    /// First logical block.
+    pub lba: u64,
+    /// Number of blocks.
+    pub blocks: u64,
+    /// First byte in the store.
+    pub offset: u64,
+    /// Length in bytes; at most [`MAX_TRANSFER`].
+    pub bytes: usize,
+}
+
+impl Lun {
+    /// Puts a store into service as disk number `index` of its target.
+    ///
+    /// # Errors
+    /// If the store cannot tell its size.
+    pub fn new(
+        settings: LunSettings,
+        index: usize,
+        store: Arc<dyn Store>,
+    ) -> Result<Self, StoreError> {
+        let pages = Pages::new(settings.write_cache);
+        let lun = Lun {
+            settings,
+            index,
+            store,
+            blocks: AtomicU64::new(0),
+            started: AtomicBool::new(true),
+            pages,
+        };
+        lun.refresh_capacity()?;
+        Ok(lun)
+    }
+
+    /// What it was configured to be.
+    pub fn settings(&self) -> &LunSettings {
+        &self.settings
+    }
+
+    /// Its number among the target's disks.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Where its bytes are.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// Mode pages and what they switch.
+    pub fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
+    /// Logical block size in bytes.
+    pub fn block_size(&self) -> u32 {
+        self.settings.block_size
+    }
+
+    /// LOGICAL BLOCKS PER PHYSICAL BLOCK EXPONENT.
+    pub fn physical_exponent(&self) -> u8 {
+        let ratio = (self.settings.physical_block_size / self.settings.block_size).max(1);
+        u8::try_from(ratio.ilog2()).unwrap_or(0)
+    }
+
+    /// Capacity in logical blocks.
+    pub fn blocks(&self) -> u64 {
+        self.blocks.load(Ordering::Acquire)
+    }
+
+    /// Asks the store for its size again; says whether the capacity changed.
+    ///
+    /// # Errors
+    /// If the store cannot tell; the old capacity stays.
+    pub fn refresh_capacity(&self) -> Result<bool, StoreError> {
+        let blocks = self.store.size()?.min(MAX_BYTES) / u64::from(self.block_size());
+        Ok(self.blocks.swap(blocks, Ordering::AcqRel) != blocks)
+    }
+
+    /// The range of a command, checked against capacity and MAXIMUM TRANSFER LENGTH.
+    ///
+    /// # Errors
+    /// 05/21/00 if it is not inside the disk, 05/24/00 if it is too long.
+    pub fn range(&self, lba: u64, blocks: u64) -> Result<BlockRange, ScsiError> {
+        let end = lba.checked_add(blocks).ok_or(ScsiError::LBA_OUT_OF_RANGE)?;
+        if end > self.blocks() {
+            return Err(ScsiError::LBA_OUT_OF_RANGE);
+        }
+        if blocks > self.max_transfer_blocks() {
+            return Err(ScsiError::illegal(asc::INVALID_FIELD_IN_CDB));
+        }
+        let block = u64::from(self.block_size());
+        // Neither product overflows: capacity is at most MAX_BYTES, the length MAX_TRANSFER.
+        let bytes = usize::try_from(blocks * block).map_err(|_| ScsiError::Busy)?;
+        Ok(BlockRange { lba, blocks, offset: lba * block, bytes })
+    }
+
+    /// MAXIMUM TRANSFER LENGTH in blocks.
+    pub fn max_transfer_blocks(&self) -> u64 {
+        MAX_TRANSFER / u64::from(self.block_size())
+    }
+
+    /// Whether START STOP UNIT last started it.
+    pub fn is_started(&self) -> bool {
+        self.started.load(Ordering::Acquire)
+    }
+
+    /// Starts or stops it.
+    pub fn set_started(&self, started: bool) {
+        self.started.store(started, Ordering::Release);
+    }
+
+    /// Commands that reach the medium need a started disk.
+    ///
+    /// # Errors
+    /// 02/04/02 if it is stopped.
+    pub fn check_ready(&self) -> Result<(), ScsiError> {
+        let sense = Sense::new(Key::NotReady, asc::NOT_READY_INITIALIZING_COMMAND_REQUIRED);
+        if self.is_started() { Ok(()) } else { Err(ScsiError::Check(sense)) }
+    }
+
+    /// Whether nothing may be written, for whatever reason (the WP bit of MODE SENSE).
+    pub fn is_write_protected(&self) -> bool {
+        self.store.capabilities().read_only || self.pages.software_write_protect()
+    }
+
+    /// Commands that change the medium need a writable disk.
+    ///
+    /// # Errors
+    /// 07/27/00, or 07/27/02 if it is the initiator's own doing (SWP).
+    pub fn check_writable(&self) -> Result<(), ScsiError> {
+        let asc = if self.store.capabilities().read_only {
+            asc::WRITE_PROTECTED
+        } else if self.pages.software_write_protect() {
+            asc::SOFTWARE_WRITE_PROTECTED
+        } else {
+            return Ok(());
+        };
+        Err(ScsiError::Check(Sense::new(Key::DataProtect, asc)))
+    }
+
+    /// How a write must be done: without a write cache every write is stable, like one with FUA.
+    pub fn durability(&self, fua: bool) -> Durability {
+        match fua || !self.pages.write_cache() {
+            true => Durability::Stable,
+            false => Durability::Cached,
+        }
+    }
+
+    /// The outcome of a command that failed, with sense data as this disk is set to give it.
+    pub fn failed(&self, error: ScsiError) -> Outcome {
+        Outcome::failed(error, self.pages.descriptor_sense())
+    }
+
+    /// What a reset does to the disk's own state: it runs, and mode parameters are at their defaults
+    /// (SAM-6 6.3.3; there are no saved ones).
+    pub fn reset(&self) {
+        self.set_started(true);
+        self.pages.reset();
+    }
+}

@@ -1,0 +1,133 @@
+//! The SCSI side: what each command means and what it answers. No virtio, no files, no errno.
+//!
+//! This is the upper of the two waists: the transport gives [`Target::execute`] a [`Request`] and
+//! gets a [`Plan`]: an answer, or work for an engine after which there will be one.
+
+pub mod attention;
+pub mod cmd;
+pub mod lun;
+pub mod sense;
+pub mod target;
+pub mod wire;
+
+use std::sync::Arc;
+
+use crate::store::engine::Job;
+use crate::store::{Buffers, Operation, StoreError};
+
+pub use attention::{Nexus, UnitAttention};
+pub use lun::{Lun, LunSettings};
+pub use sense::ScsiError;
+pub use target::{Addressed, LunNumber, Target};
+pub use wire::Cdb;
+
+/// One command as it arrived.
+#[derive(Debug)]
+pub struct Request {
+    /// What to do.
+    pub cdb: Cdb,
+    /// Bytes from the initiator.
+    pub data_out: Buffers,
+    /// Room for bytes to the initiator.
+    pub data_in: Buffers,
+}
+
+/// What has to happen for a command to end.
+pub enum Plan {
+    /// It has ended.
+    Done(Outcome),
+    /// One transfer, then [`Transfer::finish`].
+    Transfer(Transfer, Operation),
+    /// Blocking work of several steps, which makes the outcome itself.
+    Job(Arc<Lun>, Job<Outcome>),
+}
+
+/// What is known of a transfer while it is under way.
+#[derive(Clone)]
+pub struct Transfer {
+    /// The disk it goes to.
+    pub lun: Arc<Lun>,
+    /// Bytes of the data buffers that are used when it succeeds.
+    pub bytes: usize,
+    /// Whether it writes to the medium.
+    pub writing: bool,
+}
+
+impl Transfer {
+    /// The command's outcome from the store's.
+    pub fn finish(&self, result: Result<(), StoreError>) -> Outcome {
+        match result {
+            Ok(()) => Outcome::good(self.bytes),
+            Err(error) => {
+                self.lun.failed(ScsiError::from_store(error, self.writing, self.lun.block_size()))
+            }
+        }
+    }
+}
+
+/// SCSI status (SAM-6 5.3.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+#[allow(missing_docs)]
+pub enum Status {
+    Good = 0x00,
+    CheckCondition = 0x02,
+    Busy = 0x08,
+}
+
+/// What the transport says about the delivery of a command, apart from its status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// The device server answered; status and sense say what.
+    Complete,
+    /// The data buffers are too small for the CDB.
+    Overrun,
+    /// There is no such target.
+    BadTarget,
+    /// A task management function ended it.
+    Aborted,
+}
+
+/// How a command ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Whether the device server got to answer.
+    pub delivery: Delivery,
+    /// Its status.
+    pub status: Status,
+    /// Encoded sense data with CHECK CONDITION, else empty.
+    pub sense: Vec<u8>,
+    /// Bytes of the data buffers that were transferred; the rest is the residual.
+    pub transferred: usize,
+}
+
+impl Outcome {
+    /// GOOD.
+    pub fn good(transferred: usize) -> Self {
+        Outcome {
+            delivery: Delivery::Complete,
+            status: Status::Good,
+            sense: Vec::new(),
+            transferred,
+        }
+    }
+
+    /// No answer of the device server, for this reason.
+    pub fn undelivered(delivery: Delivery) -> Self {
+        Outcome { delivery, ..Self::good(0) }
+    }
+
+    /// Anything but GOOD, with the sense data in the format the disk is set to.
+    pub fn failed(error: ScsiError, descriptor_sense: bool) -> Self {
+        match error {
+            ScsiError::Check(sense) => Outcome {
+                status: Status::CheckCondition,
+                sense: sense.encode(descriptor_sense),
+                ..Self::good(0)
+            },
+            ScsiError::Busy => Outcome { status: Status::Busy, ..Self::good(0) },
+            ScsiError::Overrun => Self::undelivered(Delivery::Overrun),
+            ScsiError::Aborted => Self::undelivered(Delivery::Aborted),
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! Scatter lists over memory that a guest may change at any moment.
+//!
+//! A [`Buffers`] is what a data transfer reads from or writes into: the kernel gets its segments
+//! as an iovec, so that guest memory is filled or read in place; commands that must look at the
+//! bytes copy them in or out. No reference to the memory is ever made, only raw copies.
+#![allow(unsafe_code)]
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+/// Alignment of memory made by [`Buffers::zeroed`], in bytes: enough for O_DIRECT everywhere.
+const OWNED_ALIGN: usize = 4096;
+
+/// A list of memory segments, and what keeps them mapped.
+#[derive(Clone, Default)]
+pub struct Buffers {
+    segments: Vec<libc::iovec>,
+    len: usize,
+    owner: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+// SAFETY: the segments are plain addresses of memory that `owner` keeps mapped; every access goes
+// through raw copies or the kernel, neither of which assumes exclusive access.
+unsafe impl Send for Buffers {}
+// SAFETY: as above; no method gives out a reference to the memory.
+unsafe impl Sync for Buffers {}
+
+impl fmt::Debug for Buffers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffers({} bytes in {} segments)", self.len, self.segments.len())
+    }
+}
+
+/// Memory of our own, page aligned, freed with its last user.
+struct Owned(*mut u8, std::alloc::Layout);
+
+// SAFETY: an allocation is not tied to a thread.
+unsafe impl Send for Owned {}
+// SAFETY: the pointer is only read to free it.
+unsafe impl Sync for Owned {}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `zeroed` with this very layout, and freed only here.
+        unsafe { std::alloc::dealloc(self.0, self.1) }
+    }
+}
+
+impl Buffers {
+    /// A list over foreign memory.
+    ///
+    /// # Safety
+    /// Each `(address, length)` must stay mapped readable and writable as long as `owner` lives,
+    /// and must not overlap memory that Rust references point to.
+    pub unsafe fn from_raw(
+        segments: impl Iterator<Item = (*mut u8, usize)>,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Self {
+        let mut list = Buffers { owner: Some(owner), ..Self::default() };
+        for (base, len) in segments.filter(|(_, len)| *len > 0) {
+            list.segments.push(libc::iovec { iov_base: base.cast(), iov_len: len });
+            list.len += len;
+        }
+        list
+    }
+
+    /// `len` zero bytes of our own memory, page aligned; `None` if there is no memory for them.
+    pub fn zeroed(len: usize) -> Option<Self> {
+        if len == 0 {
+            return Some(Self::default());
+        }
+        let layout = std::alloc::Layout::from_size_align(len, OWNED_ALIGN).ok()?;
+        // SAFETY: the layout's size is not zero.
+        let base = unsafe { std::alloc::alloc_zeroed(layout) };
+        if base.is_null() {
+            return None;
+        }
+        let owner = Arc::new(Owned(base, layout));
+        // SAFETY: `owner` frees the memory when the last list over it is gone.
+        Some(unsafe { Self::from_raw(std::iter::once((base, len)), owner) })
+    }
+
+    /// A copy of `bytes` in our own memory; `None` if there is no memory for it.
+    pub fn copy_of(bytes: &[u8]) -> Option<Self> {
+        let list = Self::zeroed(bytes.len())?;
+        list.write_at(0, bytes);
+        Some(list)
+    }
+
+    /// Total length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no byte in it.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The segments in the kernel's form.
+    pub fn iovecs(&self) -> &[libc::iovec] {
+        &self.segments
+    }
+
+    /// Whether every segment starts at, and is as long as, a multiple of `align` bytes.
+    pub fn is_aligned(&self, align: usize) -> bool {
+        let mask = align.max(1) - 1;
+        self.segments.iter().all(|s| (s.iov_base as usize | s.iov_len) & mask == 0)
+    }
+
+    /// The part `offset .. offset + len`, cut short at the end of the list.
+    pub fn slice(&self, offset: usize, len: usize) -> Self {
+        let mut part = Buffers { owner: self.owner.clone(), ..Self::default() };
+        self.for_each(offset, len, |base, n, _| {
+            part.segments.push(libc::iovec { iov_base: base.cast(), iov_len: n });
+            part.len += n;
+        });
+        part
+    }
+
+    /// Copies out of the list from `offset` on, as much as `into` holds or the list has; returns
+    /// the number of bytes copied.
+    pub fn read_at(&self, offset: usize, into: &mut [u8]) -> usize {
+        let dst = into.as_mut_ptr();
+        self.for_each(offset, into.len(), |base, n, at| {
+            // SAFETY: `base` is mapped for `n` bytes by the contract of `from_raw`, and
+            // `at + n <= into.len()` because `for_each` visits at most `into.len()` bytes.
+            unsafe { std::ptr::copy_nonoverlapping(base, dst.add(at), n) }
+        })
+    }
+
+    /// Copies `from` into the list at `offset`, as much as the list holds; returns the number of
+    /// bytes copied.
+    pub fn write_at(&self, offset: usize, from: &[u8]) -> usize {
+        let src = from.as_ptr();
+        self.for_each(offset, from.len(), |base, n, at| {
+            // SAFETY: as in `read_at`, the other way round.
+            unsafe { std::ptr::copy_nonoverlapping(src.add(at), base, n) }
+        })
+    }
+
+    /// The first `len` bytes (fewer if the list is shorter) as a vector.
+    pub fn to_vec(&self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len.min(self.len)];
+        self.read_at(0, &mut bytes);
+        bytes
+    }
+
+    /// Fills `len` bytes from `offset` on with zeroes.
+    pub fn fill_zero(&self, offset: usize, len: usize) {
+        self.for_each(offset, len, |base, n, _| {
+            // SAFETY: `base` is mapped for `n` bytes by the contract of `from_raw`.
+            unsafe { std::ptr::write_bytes(base, 0, n) }
+        });
+    }
+
+    /// Calls `f(address, length, bytes visited before)` for each piece of the given range; returns
+    /// how many bytes were visited.
+    fn for_each(
+        &self,
+        offset: usize,
+        len: usize,
+        mut f: impl FnMut(*mut u8, usize, usize),
+    ) -> usize {
+        let (mut skip, mut done) = (offset, 0);
+        for segment in &self.segments {
+            if done == len {
+                break;
+            }
+            if skip >= segment.iov_len {
+                skip -= segment.iov_len;
+                continue;
+            }
+            let n = (segment.iov_len - skip).min(len - done);
+            // `skip < iov_len`, so the sum stays inside the segment.
+            f(segment.iov_base.cast::<u8>().wrapping_add(skip), n, done);
+            done += n;
+            skip = 0;
+        }
+        done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(parts: &[&[u8]]) -> Buffers {
+        let mut all = Buffers::default();
+        let mut owners: Vec<Arc<dyn Any + Send + Sync>> = Vec::new();
+        for part in parts {
+            let piece = Buffers::copy_of(part).unwrap();
+            all.segments.extend(piece.segments.iter());
+            all.len += piece.len;
+            owners.extend(piece.owner);
+        }
+        all.owner = Some(Arc::new(owners));
+        all
+    }
+
+    #[test]
+    fn copies_cross_segments_and_stop_at_the_end() {
+        let l = list(&[b"abc", b"", b"defg", b"h"]);
+        assert_eq!(l.len(), 8);
+        let mut out = [0; 5];
+        assert_eq!(l.read_at(2, &mut out), 5);
+        assert_eq!(&out, b"cdefg");
+        assert_eq!(l.read_at(7, &mut out), 1);
+        assert_eq!(l.read_at(8, &mut out), 0);
+        assert_eq!(l.write_at(6, b"XYZ"), 2);
+        assert_eq!(l.to_vec(99), b"abcdefXY");
+    }
+
+    #[test]
+    fn slices_share_the_memory() {
+        let l = list(&[b"abc", b"defg"]);
+        let s = l.slice(2, 3);
+        assert_eq!(s.to_vec(9), b"cde");
+        s.fill_zero(0, 2);
+        assert_eq!(l.to_vec(9), b"ab\0\0efg");
+        assert_eq!(l.slice(7, 3).len(), 0);
+        assert_eq!(l.slice(6, 3).len(), 1);
+    }
+
+    #[test]
+    fn alignment_looks_at_address_and_length() {
+        let l = Buffers::zeroed(8192).unwrap();
+        assert!(l.is_aligned(4096));
+        assert!(!l.slice(512, 1024).is_aligned(4096));
+        assert!(l.slice(512, 1024).is_aligned(512));
+        assert!(!l.slice(0, 100).is_aligned(512));
+    }
+}

@@ -1,0 +1,118 @@
+//! The asynchronous face of the store: operations go in with a token, completions come out in any
+//! order. Each queue thread owns one engine; nothing in it is shared between queues.
+
+pub mod threads;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{Buffers, Durability, Store, StoreError};
+
+/// Names one command in flight on a queue. Whoever holds it owes the queue exactly one completion.
+#[must_use = "a command in flight must be completed"]
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub struct Token(pub u32);
+
+/// One transfer between memory and a store, or one flush.
+#[derive(Debug)]
+pub enum Operation {
+    /// Fill `into` from byte `offset` on; from the medium itself where `medium` is set.
+    Read {
+        /// First byte.
+        offset: u64,
+        /// Where the bytes go.
+        into: Buffers,
+        /// Whether cached data will not do (FUA).
+        medium: bool,
+    },
+    /// Write `from` at byte `offset`.
+    Write {
+        /// First byte.
+        offset: u64,
+        /// Where the bytes come from.
+        from: Buffers,
+        /// When the write counts as done.
+        durability: Durability,
+    },
+    /// Make what was written before survive a crash.
+    Flush,
+    /// Read ahead, best effort.
+    Prefetch {
+        /// First byte.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+impl Operation {
+    /// Runs the operation to its end on this thread.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn run(self, store: &dyn Store) -> Result<(), StoreError> {
+        match self {
+            Operation::Read { offset, into, medium: false } => store.read(offset, &into),
+            Operation::Read { offset, into, medium: true } => store.read_medium(offset, &into),
+            Operation::Write { offset, from, durability } => store.write(offset, &from, durability),
+            Operation::Flush => store.flush(),
+            Operation::Prefetch { offset, len } => store.prefetch(offset, len),
+        }
+    }
+}
+
+/// Asks a job to end at its next clean boundary.
+#[derive(Debug, Default)]
+pub struct Cancel(AtomicBool);
+
+impl Cancel {
+    /// Asks. There is no way back.
+    pub fn request(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Whether somebody asked; a job looks here between its steps.
+    pub fn is_requested(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// Work of several blocking steps, with a result of the caller's own kind.
+pub type Job<J> = Box<dyn FnOnce(&Cancel) -> J + Send>;
+
+/// The end of one operation or job.
+#[derive(Debug)]
+pub struct Completion<J> {
+    /// The token it was submitted with.
+    pub token: Token,
+    /// What came of it.
+    pub result: Finished<J>,
+}
+
+/// What came of an operation or job.
+#[derive(Debug)]
+pub enum Finished<J> {
+    /// An operation ran.
+    Operation(Result<(), StoreError>),
+    /// A job ran.
+    Job(J),
+    /// Cancelled before it began; nothing was touched.
+    Withdrawn,
+}
+
+/// Runs operations and jobs beside the queue thread that owns it.
+pub trait Engine<J> {
+    /// Begins an operation.
+    fn submit(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation);
+
+    /// Begins a job on the store's pool.
+    fn spawn(&mut self, token: Token, store: &Arc<dyn Store>, job: Job<J>);
+
+    /// Asks for an early end: work not begun is withdrawn, a running job is asked to stop, a
+    /// running transfer goes on. Either way its completion still comes.
+    fn cancel(&mut self, token: u32);
+
+    /// Moves the completions that are there into `into`. The engine rings the wake event it was
+    /// made with whenever there is a new one.
+    fn completions(&mut self, into: &mut Vec<Completion<J>>);
+}

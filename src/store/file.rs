@@ -1,0 +1,364 @@
+//! A disk in a regular file or on a block device.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
+use super::lock::{LockError, lock_image};
+use super::{Buffers, Capabilities, Cause, Durability, Pool, Store, StoreError, sys};
+
+/// Threads that may block in one file at the same time.
+const POOL_THREADS: usize = 16;
+
+/// How a file is opened.
+#[derive(Clone, Debug)]
+pub struct OpenOptionsFor {
+    /// Never write to it.
+    pub read_only: bool,
+    /// Bypass the page cache (O_DIRECT).
+    pub direct: bool,
+    /// Smallest transfer there will be, in bytes; the size must be a multiple of it.
+    pub block_size: u32,
+}
+
+/// A regular file or a block device, open and locked.
+#[derive(Debug)]
+pub struct FileStore {
+    file: File,
+    block_device: bool,
+    capabilities: Capabilities,
+    /// Alignment that O_DIRECT asks of memory, in bytes; 1 without it.
+    memory_align: usize,
+    pool: Pool,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Pool")
+    }
+}
+
+/// Why a file cannot be served: what, and what to do about it, without the path.
+#[derive(Debug, PartialEq, Eq)]
+pub struct OpenError(pub String);
+
+impl From<String> for OpenError {
+    fn from(message: String) -> Self {
+        OpenError(message)
+    }
+}
+
+impl From<&str> for OpenError {
+    fn from(message: &str) -> Self {
+        OpenError(message.to_owned())
+    }
+}
+
+/// Makes a sparse file of `size` bytes where there is none yet.
+///
+/// # Errors
+/// If there is a file of that name, or the host cannot make one; then nothing is left behind.
+pub fn create_sparse(path: &Path, size: u64) -> Result<(), OpenError> {
+    let made = OpenOptions::new().write(true).create_new(true).open(path);
+    let file = made.map_err(|e| format!("cannot create it: {}", plain(&e)))?;
+    file.set_len(size).map_err(|e| {
+        let _ = std::fs::remove_file(path);
+        OpenError(format!("cannot make it {size} bytes long: {}", plain(&e)))
+    })
+}
+
+impl FileStore {
+    /// Opens and locks `path` and finds out what it can do.
+    ///
+    /// # Errors
+    /// A sentence for people if it cannot be served as asked.
+    pub fn open(path: &Path, options: &OpenOptionsFor) -> Result<Self, OpenError> {
+        let block_device = check_kind(path)?;
+        let file = open_file(path, options)?;
+        // The name may have been given to another file in between: believe the open file.
+        let kind = file.metadata().map_err(|e| plain(&e))?.file_type();
+        if !(kind.is_file() || (kind.is_block_device() && block_device)) {
+            return Err("changed while it was being opened; try again".into());
+        }
+        lock_image(&file, options.read_only).map_err(|e| match e {
+            LockError::InUse => OpenError::from(
+                "is in use by another process (QEMU, qemu-img or thinlun); stop that one, or open \
+                 it readonly on both sides",
+            ),
+            LockError::Host(e) => format!("cannot be locked: {}", plain(&e)).into(),
+        })?;
+        let (memory_align, transfer_align) =
+            if options.direct { direct_alignment(&file, options.block_size)? } else { (1, 1) };
+        let host_block = host_block(&file, block_device).map_err(|e| plain(&e))?;
+        let capabilities =
+            Capabilities { read_only: options.read_only, host_block, transfer_align };
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+        let pool = Pool::new(&name.chars().take(15).collect::<String>(), POOL_THREADS);
+        let store = FileStore { file, block_device, capabilities, memory_align, pool };
+        store.check_size(options.block_size)?;
+        Ok(store)
+    }
+
+    fn check_size(&self, block_size: u32) -> Result<(), OpenError> {
+        let size = self.size_bytes().map_err(|e| format!("has no size: {}", plain(&e)))?;
+        if size == 0 {
+            return Err("is empty; make it as long as the disk shall be (truncate -s SIZE)".into());
+        }
+        if size % u64::from(block_size) != 0 {
+            let (below, above) = (size - size % u64::from(block_size), u64::from(block_size));
+            return Err(format!(
+                "its size of {size} bytes is no multiple of the block size {block_size}; \
+                 the next sizes that are: {below} and {}",
+                below + above
+            )
+            .into());
+        }
+        Ok(())
+    }
+
+    fn size_bytes(&self) -> io::Result<u64> {
+        if self.block_device {
+            sys::block_device_size(&self.file)
+        } else {
+            Ok(self.file.metadata()?.len())
+        }
+    }
+
+    /// Runs `transfer` until all `len` bytes from `offset` are done. `transfer(done)` moves some
+    /// more bytes and says how many; 0 ends it. Returns the bytes moved.
+    fn all(
+        offset: u64,
+        len: usize,
+        mut transfer: impl FnMut(usize) -> io::Result<usize>,
+    ) -> Result<usize, StoreError> {
+        let mut done = 0;
+        while done < len {
+            match transfer(done) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(StoreError::at(Cause::from(&e), offset + done as u64)),
+            }
+        }
+        Ok(done)
+    }
+
+    /// Our own aligned memory where O_DIRECT cannot use the caller's; `None` where it can.
+    fn bounce(&self, list: &Buffers, offset: u64) -> Result<Option<Buffers>, StoreError> {
+        if list.is_aligned(self.memory_align) {
+            return Ok(None);
+        }
+        let own = Buffers::zeroed(list.len()).ok_or(StoreError::at(Cause::Busy, offset))?;
+        Ok(Some(own))
+    }
+
+    fn read_all(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
+        let align = self.capabilities.transfer_align as usize;
+        let done = Self::all(offset, into.len(), |done| {
+            // A read that ended off the alignment met the end of the file: do not ask again.
+            if done % align == 0 { sys::read(&self.file, offset, into, done) } else { Ok(0) }
+        })?;
+        into.fill_zero(done, into.len() - done);
+        Ok(())
+    }
+}
+
+impl Store for FileStore {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn size(&self) -> Result<u64, StoreError> {
+        self.size_bytes().map_err(|e| Cause::from(&e).into())
+    }
+
+    fn read(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
+        match self.bounce(into, offset)? {
+            None => self.read_all(offset, into),
+            Some(own) => {
+                self.read_all(offset, &own)?;
+                into.write_at(0, &own.to_vec(own.len()));
+                Ok(())
+            }
+        }
+    }
+
+    fn read_medium(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
+        if !self.capabilities.read_only {
+            self.flush()?;
+        }
+        let len = into.len() as u64;
+        if let (Ok(at), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) {
+            // Clean pages are dropped, so that the read goes to the device. Where the host keeps
+            // them (tmpfs, pages mapped elsewhere) the cache is all the medium we can reach.
+            let _ = posix_fadvise(&self.file, at, len, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        }
+        self.read(offset, into)
+    }
+
+    fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), StoreError> {
+        let own = self.bounce(from, offset)?;
+        if let Some(own) = &own {
+            own.write_at(0, &from.to_vec(from.len()));
+        }
+        let from = own.as_ref().unwrap_or(from);
+        let stable = durability == Durability::Stable;
+        let done = Self::all(offset, from.len(), |done| {
+            sys::write(&self.file, offset, from, done, stable)
+        })?;
+        match done == from.len() {
+            true => Ok(()),
+            false => Err(StoreError::at(Cause::Medium, offset + done as u64)),
+        }
+    }
+
+    fn flush(&self) -> Result<(), StoreError> {
+        self.file.sync_data().map_err(|e| Cause::from(&e).into())
+    }
+
+    fn prefetch(&self, offset: u64, len: u64) -> Result<(), StoreError> {
+        if let (Ok(at), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) {
+            let _ = posix_fadvise(&self.file, at, len, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+        }
+        Ok(())
+    }
+
+    fn pool(&self) -> &Pool {
+        &self.pool
+    }
+}
+
+/// Whether `path` is a block device; an error unless it is that or a regular file.
+fn check_kind(path: &Path) -> Result<bool, OpenError> {
+    let kind = match path.metadata() {
+        Ok(metadata) => metadata.file_type(),
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            return Err("no such file; size=SIZE would create it".into());
+        }
+        Err(e) => return Err(plain(&e).into()),
+    };
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(kind.is_block_device());
+    }
+    let what = if kind.is_dir() { "is a directory" } else { "is a special file" };
+    Err(format!("{what}; a disk is a regular file or a block device").into())
+}
+
+fn open_file(path: &Path, options: &OpenOptionsFor) -> Result<File, OpenError> {
+    let flags = if options.direct { libc::O_DIRECT } else { 0 };
+    let opened =
+        OpenOptions::new().read(true).write(!options.read_only).custom_flags(flags).open(path);
+    opened.map_err(|e| match e.raw_os_error() {
+        Some(libc::EINVAL) if options.direct => {
+            "its file system has no O_DIRECT; leave cache=direct away".into()
+        }
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) if !options.read_only => {
+            format!("cannot be opened for writing: {}; readonly might do", plain(&e)).into()
+        }
+        _ => format!("cannot be opened: {}", plain(&e)).into(),
+    })
+}
+
+/// Alignment of memory and of transfers for O_DIRECT on `file`, in bytes.
+fn direct_alignment(file: &File, block_size: u32) -> Result<(usize, u32), OpenError> {
+    let (memory, transfer) = match sys::direct_io_alignment(file) {
+        Some(alignment) => alignment,
+        None => probe_direct_alignment(file)?,
+    };
+    if transfer > block_size {
+        return Err(format!(
+            "cache=direct needs transfers of {transfer} bytes here and the block size is \
+             {block_size}; use block-size={transfer} or another cache mode"
+        )
+        .into());
+    }
+    Ok((memory.max(1) as usize, transfer))
+}
+
+/// The smallest power of two at which an O_DIRECT read works, tried out on the file.
+fn probe_direct_alignment(file: &File) -> Result<(u32, u32), OpenError> {
+    for align in [512u32, 4096] {
+        let Some(one) = Buffers::zeroed(align as usize) else { continue };
+        if sys::read(file, u64::from(align), &one, 0).is_ok() {
+            return Ok((align, align));
+        }
+    }
+    Err("O_DIRECT reads fail on it; leave cache=direct away".into())
+}
+
+/// The unit in which the host keeps data, in bytes: a power of two from 512 to 64 KiB.
+fn host_block(file: &File, block_device: bool) -> io::Result<u32> {
+    let bytes = if block_device {
+        u64::from(sys::block_device_block(file)?)
+    } else {
+        nix::sys::statvfs::fstatvfs(file)?.block_size()
+    };
+    let bytes = u32::try_from(bytes).unwrap_or(4096).clamp(512, 65536);
+    Ok(bytes.next_power_of_two())
+}
+
+/// An error's text without Rust's " (os error N)".
+pub fn plain(error: &io::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error").next().unwrap_or_default();
+    let mut chars = text.chars();
+    chars.next().map(|c| c.to_lowercase().chain(chars).collect()).unwrap_or_default()
+}
+
+/// The name a file keeps over restarts: its directory resolved, its own name as given, so that a
+/// stable link such as /dev/disk/by-id/... stays the name although it points elsewhere next time.
+///
+/// # Errors
+/// If the directory cannot be resolved.
+pub fn stable_name(path: &Path) -> io::Result<PathBuf> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let name = path.file_name().ok_or(ErrorKind::InvalidInput)?;
+    Ok(directory.canonicalize()?.join(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: OpenOptionsFor =
+        OpenOptionsFor { read_only: false, direct: false, block_size: 512 };
+
+    #[test]
+    fn a_file_that_shrank_reads_zeroes_beyond_its_end() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        let store = FileStore::open(file.path(), &PLAIN).unwrap();
+        store.write(0, &Buffers::copy_of(&[7; 8192]).unwrap(), Durability::Cached).unwrap();
+        file.as_file().set_len(1000).unwrap();
+        let out = Buffers::copy_of(&[9; 2048]).unwrap();
+        store.read(0, &out).unwrap();
+        assert_eq!(out.to_vec(2048)[..1000], [7; 1000]);
+        assert_eq!(out.to_vec(2048)[1000..], [0; 1048]);
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(FileStore::open(file.path(), &PLAIN).unwrap_err().0.contains("empty"));
+        file.as_file().set_len(1000).unwrap();
+        let message = FileStore::open(file.path(), &PLAIN).unwrap_err().0;
+        assert!(message.contains("512 and 1024"), "{message}");
+        assert!(FileStore::open(Path::new("/"), &PLAIN).unwrap_err().0.contains("directory"));
+        assert!(FileStore::open(Path::new("/nope"), &PLAIN).unwrap_err().0.contains("size="));
+        assert!(FileStore::open(Path::new("/dev/null"), &PLAIN).unwrap_err().0.contains("special"));
+    }
+
+    #[test]
+    fn errors_carry_the_place_and_the_cause() {
+        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let from = Buffers::copy_of(&[1; 512]).unwrap();
+        let error = FileStore::all(4096, 512, |done| sys::write(&full, 4096, &from, done, false));
+        assert_eq!(error, Err(StoreError::at(Cause::NoSpace, 4096)));
+    }
+}

@@ -1,0 +1,138 @@
+//! Host bytes: what a disk's contents are kept in. No SCSI words live here.
+//!
+//! [`Store`] is the lower of the two waists of the program. Its methods block; the queues never
+//! call them directly but hand an [`Operation`] and a [`Token`] to an [`engine::Engine`], which
+//! completes operations in any order.
+
+pub mod buffers;
+pub mod engine;
+pub mod file;
+pub mod lock;
+pub mod mem;
+pub mod pool;
+mod sys;
+
+pub use buffers::Buffers;
+pub use engine::{Completion, Engine, Operation, Token};
+pub use pool::Pool;
+
+use std::fmt;
+use std::io;
+
+/// Where the bytes of one disk are kept.
+///
+/// All offsets and lengths are in bytes. The caller has checked them against the disk's capacity;
+/// a store checks them only as far as memory safety needs it. Bytes beyond the end of a file that
+/// is shorter than the disk read as zeroes, as a hole does.
+pub trait Store: Send + Sync {
+    /// What this very store can do, probed when it was opened.
+    fn capabilities(&self) -> &Capabilities;
+
+    /// Size now, in bytes. It can change while the disk is served (a file that grows).
+    fn size(&self) -> Result<u64, StoreError>;
+
+    /// Fills all of `into` from `offset` on.
+    fn read(&self, offset: u64, into: &Buffers) -> Result<(), StoreError>;
+
+    /// Like [`Store::read`], but what is returned has reached stable storage and is read from there
+    /// as far as the host allows (FUA reads, VERIFY).
+    fn read_medium(&self, offset: u64, into: &Buffers) -> Result<(), StoreError>;
+
+    /// Writes all of `from` at `offset`. With [`Durability::Stable`] the bytes survive a crash of
+    /// the host when this returns.
+    fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), StoreError>;
+
+    /// Makes every write that completed before the call survive a crash of the host.
+    fn flush(&self) -> Result<(), StoreError>;
+
+    /// Asks the host to read a range ahead. Best effort, and cheap.
+    fn prefetch(&self, offset: u64, len: u64) -> Result<(), StoreError>;
+
+    /// The threads that run this store's blocking work; its own, so that a host file system that
+    /// hangs stops nothing but the disks on it.
+    fn pool(&self) -> &Pool;
+}
+
+/// When a write counts as done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// When it is visible to reads; a flush makes it survive a crash.
+    Cached,
+    /// When it survives a crash of the host.
+    Stable,
+}
+
+/// What a store can do and how it likes to be used; sizes in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Every write fails with [`Cause::ReadOnly`].
+    pub read_only: bool,
+    /// Smallest unit in which the host keeps data (file system block); a power of two.
+    pub host_block: u32,
+    /// Offsets and lengths of transfers must be multiples of this (1 without O_DIRECT).
+    pub transfer_align: u32,
+}
+
+/// A failed operation: why, and the first byte that is not as it should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoreError {
+    /// Why.
+    pub cause: Cause,
+    /// Offset of the first byte that was not transferred, where one is known.
+    pub at: Option<u64>,
+}
+
+/// Why a host operation failed, in the classes that a caller can act upon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The file system, a quota or a budget is full (ENOSPC, EDQUOT).
+    NoSpace,
+    /// The file or its file system cannot be written (EROFS, EPERM, EACCES, EBADF).
+    ReadOnly,
+    /// The data cannot be read or written (EIO and everything that is not known better).
+    Medium,
+    /// The host is short of memory or another resource right now (ENOMEM, EAGAIN).
+    Busy,
+    /// Withdrawn before it began, or stopped at a clean boundary, because somebody asked for it.
+    Cancelled,
+}
+
+impl StoreError {
+    /// An error at a byte offset.
+    pub fn at(cause: Cause, offset: u64) -> Self {
+        StoreError { cause, at: Some(offset) }
+    }
+}
+
+impl From<Cause> for StoreError {
+    fn from(cause: Cause) -> Self {
+        StoreError { cause, at: None }
+    }
+}
+
+impl From<&io::Error> for Cause {
+    fn from(error: &io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => Cause::NoSpace,
+            Some(libc::EROFS | libc::EPERM | libc::EACCES | libc::EBADF) => Cause::ReadOnly,
+            Some(libc::ENOMEM | libc::EAGAIN) => Cause::Busy,
+            _ => Cause::Medium,
+        }
+    }
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = match self.cause {
+            Cause::NoSpace => "no space left",
+            Cause::ReadOnly => "cannot be written",
+            Cause::Medium => "I/O error",
+            Cause::Busy => "host out of resources",
+            Cause::Cancelled => "cancelled",
+        };
+        match self.at {
+            Some(at) => write!(f, "{what} at byte {at}"),
+            None => f.write_str(what),
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Threads for work that blocks, started when there is work and gone when there is none.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+/// How long a thread waits for more work before it ends.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// A piece of blocking work.
+pub type Work = Box<dyn FnOnce() + Send>;
+
+/// Names work that was handed to a pool, to withdraw it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkId(u64);
+
+/// A bounded set of threads with one queue of work, first come first served.
+pub struct Pool {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    name: String,
+    max_threads: usize,
+    state: Mutex<State>,
+    more: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    next: u64,
+    waiting: VecDeque<(u64, Work)>,
+    threads: usize,
+    idle: usize,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Work never runs under this lock, so that a poisoned one still holds a sound queue.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pool {
+    /// A pool of at most `max_threads` threads (at least one), none of them started yet.
+    pub fn new(name: &str, max_threads: usize) -> Self {
+        let shared = Shared {
+            name: name.to_owned(),
+            max_threads: max_threads.max(1),
+            state: Mutex::default(),
+            more: Condvar::new(),
+        };
+        Pool { shared: Arc::new(shared) }
+    }
+
+    /// Runs `work` on one of the threads, soon. If the host refuses even the first thread, the work
+    /// runs here and now: late is better than never.
+    pub fn run(&self, work: Work) -> WorkId {
+        let mut state = self.shared.state();
+        let id = state.next;
+        state.next += 1;
+        state.waiting.push_back((id, work));
+        let start = state.idle < state.waiting.len() && state.threads < self.shared.max_threads;
+        if start {
+            state.threads += 1;
+        }
+        drop(state);
+        if start {
+            self.start_thread();
+        } else {
+            self.shared.more.notify_one();
+        }
+        WorkId(id)
+    }
+
+    /// Takes work back that no thread has begun; `None` once it runs or is done.
+    pub fn withdraw(&self, id: WorkId) -> Option<Work> {
+        let mut state = self.shared.state();
+        let index = state.waiting.iter().position(|(waiting, _)| *waiting == id.0)?;
+        state.waiting.remove(index).map(|(_, work)| work)
+    }
+
+    fn start_thread(&self) {
+        let shared = Arc::clone(&self.shared);
+        let spawned =
+            thread::Builder::new().name(self.shared.name.clone()).spawn(move || serve(&shared));
+        if let Err(error) = spawned {
+            log::warn!("{}: cannot start a thread: {error}", self.shared.name);
+            let mut state = self.shared.state();
+            state.threads -= 1;
+            let orphan = if state.threads == 0 { state.waiting.pop_front() } else { None };
+            drop(state);
+            if let Some((_, work)) = orphan {
+                work();
+            }
+        }
+    }
+}
+
+/// A thread's life: work while there is some, wait a little, end.
+fn serve(shared: &Shared) {
+    let mut state = shared.state();
+    loop {
+        while let Some((_, work)) = state.waiting.pop_front() {
+            drop(state);
+            work();
+            state = shared.state();
+        }
+        state.idle += 1;
+        let waited = shared.more.wait_timeout_while(state, IDLE, |s| s.waiting.is_empty());
+        let (guard, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        state = guard;
+        state.idle -= 1;
+        if timeout.timed_out() && state.waiting.is_empty() {
+            state.threads -= 1;
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    #[test]
+    fn runs_everything_with_bounded_threads() {
+        let pool = Pool::new("test", 3);
+        let (tx, rx) = mpsc::channel();
+        for i in 0..100 {
+            let tx = tx.clone();
+            pool.run(Box::new(move || tx.send(i).unwrap()));
+            assert!(pool.shared.state().threads <= 3);
+        }
+        let mut seen: Vec<i32> = rx.iter().take(100).collect();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn waiting_work_can_be_withdrawn_running_work_cannot() {
+        let pool = Pool::new("test", 1);
+        let (release, gate) = mpsc::channel::<()>();
+        let (started, running) = mpsc::channel();
+        let first = pool.run(Box::new(move || {
+            started.send(()).unwrap();
+            gate.recv().unwrap();
+        }));
+        running.recv().unwrap();
+        let second = pool.run(Box::new(|| panic!("withdrawn work ran")));
+        assert!(pool.withdraw(first).is_none());
+        assert!(pool.withdraw(second).is_some());
+        assert!(pool.withdraw(second).is_none());
+        release.send(()).unwrap();
+    }
+}

@@ -1,0 +1,99 @@
+//! The system calls that no safe library wraps the way we need them: transfers straight from and to
+//! [`Buffers`], and what only the kernel knows of a file.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use super::Buffers;
+
+/// Longest iovec that the kernel takes in one call (IOV_MAX).
+const MAX_SEGMENTS: usize = 1024;
+
+/// One `preadv(2)` into the segments of `into` from byte `skip` of the list on; may be short.
+pub(super) fn read(file: &File, offset: u64, into: &Buffers, skip: usize) -> io::Result<usize> {
+    with_segments(into, skip, offset, |iov, count, offset| {
+        // SAFETY: the iovec describes memory that `into` keeps mapped for writing.
+        unsafe { libc::preadv(file.as_raw_fd(), iov, count, offset) }
+    })
+}
+
+/// One `pwritev2(2)` from the segments of `from`, starting at byte `skip` of the list; may be short.
+/// With `stable` it returns when the data survives a crash (RWF_DSYNC).
+pub(super) fn write(
+    file: &File,
+    offset: u64,
+    from: &Buffers,
+    skip: usize,
+    stable: bool,
+) -> io::Result<usize> {
+    let flags = if stable { libc::RWF_DSYNC } else { 0 };
+    with_segments(from, skip, offset, |iov, count, offset| {
+        // SAFETY: the iovec describes memory that `from` keeps mapped for reading.
+        unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, flags) }
+    })
+}
+
+/// Calls `f(iovec, count, offset + skip)` for what is left of `list` after `skip` bytes.
+fn with_segments(
+    list: &Buffers,
+    skip: usize,
+    offset: u64,
+    f: impl FnOnce(*const libc::iovec, libc::c_int, libc::off_t) -> isize,
+) -> io::Result<usize> {
+    let rest;
+    let segments = if skip == 0 {
+        list.iovecs()
+    } else {
+        rest = list.slice(skip, list.len());
+        rest.iovecs()
+    };
+    let count = segments.len().min(MAX_SEGMENTS);
+    let einval = || io::Error::from_raw_os_error(libc::EINVAL);
+    let count = libc::c_int::try_from(count).map_err(|_| einval())?;
+    let at = u64::try_from(skip).ok().and_then(|s| offset.checked_add(s));
+    let at = at.and_then(|at| libc::off_t::try_from(at).ok()).ok_or_else(einval)?;
+    usize::try_from(f(segments.as_ptr(), count, at)).map_err(|_| io::Error::last_os_error())
+}
+
+/// What O_DIRECT on this file demands: alignment of memory and of offsets, in bytes. `None` where
+/// the kernel does not say (before 6.1, or a file system that keeps it to itself).
+pub(super) fn direct_io_alignment(file: &File) -> Option<(u32, u32)> {
+    // SAFETY: an all-zero statx is a valid value of this plain structure.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: an empty path with AT_EMPTY_PATH names the descriptor; `stat` is written by the kernel.
+    let status = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &mut stat,
+        )
+    };
+    let known = status == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0;
+    (known && stat.stx_dio_offset_align != 0)
+        .then_some((stat.stx_dio_mem_align, stat.stx_dio_offset_align))
+}
+
+mod ioctl {
+    nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
+    nix::ioctl_read_bad!(blksszget, 0x1268, libc::c_int);
+}
+
+/// Size of a block device in bytes (BLKGETSIZE64).
+pub(super) fn block_device_size(file: &File) -> io::Result<u64> {
+    let mut bytes = 0u64;
+    // SAFETY: the kernel writes one u64.
+    unsafe { ioctl::blkgetsize64(file.as_raw_fd(), &mut bytes) }?;
+    Ok(bytes)
+}
+
+/// Logical block size of a block device in bytes (BLKSSZGET).
+pub(super) fn block_device_block(file: &File) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the kernel writes one int.
+    unsafe { ioctl::blksszget(file.as_raw_fd(), &mut bytes) }?;
+    u32::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}

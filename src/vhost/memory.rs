@@ -1,0 +1,85 @@
+//! The guest's memory as the front end describes it (vhost-user SET_MEM_TABLE, ADD_MEM_REG,
+//! REM_MEM_REG).
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+/// Memory of one guest, mapped.
+pub(super) type GuestMemory = GuestMemoryMmap<()>;
+
+/// Most regions that we map. More than any guest has; a front end is told when it asks.
+pub(super) const MAX_SLOTS: u64 = 509;
+
+/// The regions that are mapped now, and how the front end addresses them.
+#[derive(Default)]
+pub(super) struct Regions {
+    regions: Vec<Region>,
+}
+
+struct Region {
+    guest_address: u64,
+    size: u64,
+    /// Where the region lies in the front end's own address space; rings are named by these.
+    user_address: u64,
+    mapping: Arc<GuestRegionMmap<()>>,
+}
+
+impl Regions {
+    /// Maps a region.
+    ///
+    /// # Errors
+    /// If it cannot be mapped, overlaps another, or there are too many.
+    pub(super) fn add(&mut self, region: &VhostUserMemoryRegion, file: File) -> io::Result<()> {
+        if self.regions.len() as u64 >= MAX_SLOTS {
+            return Err(io::Error::other("too many memory regions"));
+        }
+        let mapped = region.mmap_region(file).map_err(io::Error::other)?;
+        let address = GuestAddress(region.guest_phys_addr);
+        let mapping = GuestRegionMmap::new(mapped, address)
+            .ok_or_else(|| io::Error::other("memory region beyond the end of the address space"))?;
+        let region = Region {
+            guest_address: region.guest_phys_addr,
+            size: region.memory_size,
+            user_address: region.user_addr,
+            mapping: Arc::new(mapping),
+        };
+        self.regions.push(region);
+        self.regions.sort_by_key(|r| r.guest_address);
+        let overlap = self.regions.windows(2).any(|pair| match pair {
+            [a, b] => b.guest_address - a.guest_address < a.size,
+            _ => false,
+        });
+        if overlap { Err(io::Error::other("memory regions overlap")) } else { Ok(()) }
+    }
+
+    /// Forgets the region that begins at this guest address and is this long.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub(super) fn remove(&mut self, guest_address: u64, size: u64) -> io::Result<()> {
+        let before = self.regions.len();
+        self.regions.retain(|r| (r.guest_address, r.size) != (guest_address, size));
+        if self.regions.len() == before {
+            return Err(io::Error::other("no such memory region"));
+        }
+        Ok(())
+    }
+
+    /// The guest's memory as one; `None` if there is none.
+    pub(super) fn memory(&self) -> Option<Arc<GuestMemory>> {
+        let all = self.regions.iter().map(|r| Arc::clone(&r.mapping)).collect();
+        GuestMemory::from_arc_regions(all).ok().map(Arc::new)
+    }
+
+    /// The guest-physical address of a front end's address.
+    pub(super) fn guest_address(&self, user_address: u64) -> Option<GuestAddress> {
+        self.regions.iter().find_map(|r| {
+            let offset = user_address.checked_sub(r.user_address)?;
+            (offset < r.size).then(|| r.guest_address.checked_add(offset).map(GuestAddress))?
+        })
+    }
+}

@@ -1,0 +1,290 @@
+//! The control queue: task management functions (VIRTIO 1.3 5.6.6.2, SAM-6 7) and asynchronous
+//! notification requests.
+//!
+//! A function that ends commands is a [`Sweep`]: every request queue marks the commands it is about
+//! and each of them holds the sweep until it has ended. When the last one lets go, the function is
+//! answered. So a function never answers before what it ended is over, and never waits for anything
+//! else.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::guest_buf::Chain;
+use super::requests::disk_of;
+use super::ring::Ring;
+use super::wire::{
+    AsyncNotification, AsyncNotificationResponse, Response, T_AN_QUERY, T_AN_SUBSCRIBE, T_TMF,
+    TaskManagement,
+};
+use super::worker::{Mailbox, Message, Service};
+use crate::scsi::{Addressed, Lun, Nexus, Target, UnitAttention};
+use crate::store::Buffers;
+
+/// Functions waiting for their end at the same time; more are refused until one has ended.
+const MAX_PENDING: usize = 64;
+
+/// VIRTIO_SCSI_T_TMF_*.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Function {
+    AbortTask,
+    AbortTaskSet,
+    ClearTaskSet,
+    ItNexusReset,
+    LogicalUnitReset,
+    QueryTask,
+    QueryTaskSet,
+}
+
+impl Function {
+    /// `None` for CLEAR ACA (there is never one: NORMACA is zero) and for what is not defined.
+    fn parse(subtype: u32) -> Option<Self> {
+        Some(match subtype {
+            0 => Function::AbortTask,
+            1 => Function::AbortTaskSet,
+            3 => Function::ClearTaskSet,
+            4 => Function::ItNexusReset,
+            5 => Function::LogicalUnitReset,
+            6 => Function::QueryTask,
+            7 => Function::QueryTaskSet,
+            _ => return None,
+        })
+    }
+
+    /// How the commands it ends are answered.
+    fn ends_with(self) -> Option<Response> {
+        match self {
+            Function::AbortTask | Function::AbortTaskSet | Function::ClearTaskSet => {
+                Some(Response::Aborted)
+            }
+            Function::ItNexusReset | Function::LogicalUnitReset => Some(Response::Reset),
+            Function::QueryTask | Function::QueryTaskSet => None,
+        }
+    }
+
+    /// Whether it is about one command, named by its tag.
+    fn is_about_one_task(self) -> bool {
+        matches!(self, Function::AbortTask | Function::QueryTask)
+    }
+}
+
+/// The mailboxes of the queue threads of one connection, by queue index.
+pub(super) type Peers = Arc<Mutex<HashMap<usize, Mailbox>>>;
+
+/// A search through the commands in flight on all request queues.
+#[derive(Debug)]
+pub(super) struct Sweep {
+    id: u64,
+    disks: Vec<usize>,
+    tag: Option<u64>,
+    ends_with: Option<Response>,
+    any: AtomicBool,
+    found: Arc<AtomicBool>,
+    report_to: Mailbox,
+}
+
+impl Sweep {
+    /// Whether it is about this command.
+    pub(super) fn selects(&self, lun: &Lun, tag: u64) -> bool {
+        self.disks.contains(&lun.index()) && self.tag.is_none_or(|t| t == tag)
+    }
+
+    /// Notes that there is such a command.
+    pub(super) fn found(&self) {
+        self.any.store(true, Ordering::Release);
+    }
+
+    /// How to end what it finds, if at all.
+    pub(super) fn ends_with(&self) -> Option<Response> {
+        self.ends_with
+    }
+}
+
+impl Drop for Sweep {
+    fn drop(&mut self) {
+        self.found.store(self.any.load(Ordering::Acquire), Ordering::Release);
+        self.report_to.send(Message::Swept(self.id));
+    }
+}
+
+/// A function that waits for its sweep.
+struct Pending {
+    head: u16,
+    room: Buffers,
+    function: Function,
+    disks: Vec<Arc<Lun>>,
+    found: Arc<AtomicBool>,
+}
+
+/// Serves the control queue.
+pub(super) struct ControlQueue {
+    target: Arc<Target>,
+    nexus: Arc<Nexus>,
+    peers: Peers,
+    index: usize,
+    pending: HashMap<u64, Pending>,
+    next: u64,
+}
+
+impl ControlQueue {
+    /// The control queue `index` of a connection.
+    pub(super) fn new(target: Arc<Target>, nexus: Arc<Nexus>, peers: Peers, index: usize) -> Self {
+        ControlQueue { target, nexus, peers, index, pending: HashMap::new(), next: 0 }
+    }
+
+    fn begin(&mut self, ring: &mut Ring, chain: Chain) {
+        let mut kind = [0; 4];
+        if chain.readable.read_at(0, &mut kind) < kind.len() {
+            return ring.refuse(chain.head, "control request without a type");
+        }
+        match u32::from_le_bytes(kind) {
+            T_TMF => self.task_management(ring, chain),
+            T_AN_QUERY | T_AN_SUBSCRIBE => self.async_notification(ring, &chain),
+            _ => ring.refuse(chain.head, "unknown control request"),
+        }
+    }
+
+    /// No event that can be asked for ever happens to a disk: they are about removable media, power
+    /// and multi-host devices. So none is reported as there, and none is subscribed to.
+    fn async_notification(&self, ring: &mut Ring, chain: &Chain) {
+        let request = chain.readable.to_vec(size_of::<AsyncNotification>());
+        let Ok(request) = AsyncNotification::ref_from_bytes(&request) else {
+            return ring.refuse(chain.head, "short notification request");
+        };
+        let response = match self.target.resolve(&request.lun) {
+            Addressed::Disk(_) | Addressed::WellKnown(_) => Response::Ok,
+            Addressed::AbsentLun(..) => Response::IncorrectLun,
+            Addressed::AbsentTarget => Response::BadTarget,
+        };
+        let answer = AsyncNotificationResponse { actual: 0.into(), response: response as u8 };
+        if chain.writable.len() < size_of::<AsyncNotificationResponse>() {
+            return ring.refuse(chain.head, "no room for a response");
+        }
+        ring.push(chain.head, chain.writable.write_at(0, answer.as_bytes()));
+    }
+
+    fn task_management(&mut self, ring: &mut Ring, chain: Chain) {
+        let Chain { head, readable, writable: room } = chain;
+        let request = readable.to_vec(size_of::<TaskManagement>());
+        let Ok(request) = TaskManagement::ref_from_bytes(&request) else {
+            return ring.refuse(head, "short task management request");
+        };
+        if room.is_empty() {
+            return ring.refuse(head, "no room for a response");
+        }
+        let Some(function) = Function::parse(request.subtype.get()) else {
+            return answer(ring, head, &room, Response::FunctionRejected);
+        };
+        let disks = match self.disks(function, &request.lun) {
+            Ok(disks) => disks,
+            Err(response) => return answer(ring, head, &room, response),
+        };
+        let tag = function.is_about_one_task().then_some(request.tag.get());
+        if self.pending.len() >= MAX_PENDING {
+            return answer(ring, head, &room, Response::Failure);
+        }
+        let found = Arc::new(AtomicBool::new(false));
+        let pending = Pending { head, room, function, disks, found };
+        self.start(ring, pending, tag);
+    }
+
+    /// The disks that a function is about.
+    fn disks(&self, function: Function, lun: &[u8; 8]) -> Result<Vec<Arc<Lun>>, Response> {
+        let address = self.target.resolve(lun);
+        if let (Function::ItNexusReset, [_, target, ..]) = (function, lun) {
+            return match address {
+                Addressed::AbsentTarget => Err(Response::BadTarget),
+                _ => {
+                    let all = self.target.disks().iter();
+                    Ok(all.filter(|d| d.settings().target == *target).cloned().collect())
+                }
+            };
+        }
+        match (disk_of(&address), &address) {
+            (Some(disk), _) => Ok(vec![Arc::clone(disk)]),
+            (None, Addressed::AbsentTarget) => Err(Response::BadTarget),
+            (None, _) => Err(Response::IncorrectLun),
+        }
+    }
+
+    fn start(&mut self, ring: &mut Ring, pending: Pending, tag: Option<u64>) {
+        let id = self.next;
+        self.next += 1;
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(report_to) = peers.get(&self.index).cloned() else {
+            return answer(ring, pending.head, &pending.room, Response::Failure);
+        };
+        let sweep = Arc::new(Sweep {
+            id,
+            disks: pending.disks.iter().map(|d| d.index()).collect(),
+            tag,
+            ends_with: pending.function.ends_with(),
+            any: AtomicBool::new(false),
+            found: Arc::clone(&pending.found),
+            report_to,
+        });
+        for (_, mailbox) in peers.iter().filter(|(index, _)| is_request_queue(**index)) {
+            mailbox.send(Message::Sweep(Arc::clone(&sweep)));
+        }
+        self.pending.insert(id, pending);
+    }
+
+    /// A sweep is over: the function takes effect and is answered.
+    fn finish(&mut self, ring: &mut Ring, id: u64) {
+        let Some(pending) = self.pending.remove(&id) else { return };
+        let found = pending.found.load(Ordering::Acquire);
+        let response = match pending.function {
+            Function::QueryTask | Function::QueryTaskSet if found => Response::FunctionSucceeded,
+            _ => Response::Ok,
+        };
+        for disk in &pending.disks {
+            match pending.function {
+                Function::LogicalUnitReset => self.target.reset(disk),
+                Function::ItNexusReset => {
+                    self.nexus.attentions(disk.index()).raise(UnitAttention::NexusLoss);
+                }
+                Function::AbortTask
+                | Function::AbortTaskSet
+                | Function::ClearTaskSet
+                | Function::QueryTask
+                | Function::QueryTaskSet => {}
+            }
+        }
+        answer(ring, pending.head, &pending.room, response);
+    }
+}
+
+/// Queue 0 is the control queue, 1 the event queue, the rest are request queues.
+pub(super) fn is_request_queue(index: usize) -> bool {
+    index >= 2
+}
+
+fn answer(ring: &mut Ring, head: u16, room: &Buffers, response: Response) {
+    ring.push(head, room.write_at(0, &[response as u8]));
+}
+
+impl Service for ControlQueue {
+    fn requests(&mut self, ring: &mut Ring) -> bool {
+        for _ in 0..ring.size() {
+            match ring.pop() {
+                Some(chain) => self.begin(ring, chain),
+                None => return false,
+            }
+        }
+        true
+    }
+
+    fn progress(&mut self, _: &mut Ring) {}
+
+    fn message(&mut self, ring: &mut Ring, message: Message) {
+        if let Message::Swept(id) = message {
+            self.finish(ring, id);
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.pending.len()
+    }
+}

@@ -1,0 +1,210 @@
+//! One queue's life: a thread that owns a ring, waits for kicks, messages and completions in one
+//! place, and ends when it is told to, with nothing in flight.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, JoinHandle};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::events::Event;
+use super::memory::GuestMemory;
+use super::ring::Ring;
+use super::tmf::Sweep;
+
+/// What others want of a queue thread.
+pub(super) enum Message {
+    /// Use this memory from now on; answered when it does.
+    SetMemory(Arc<GuestMemory>, Sender<()>),
+    /// Tell the driver by this from now on; answered when it does.
+    SetCall(Option<File>, Sender<()>),
+    /// Find, and maybe end, commands in flight (request queues).
+    Sweep(Arc<Sweep>),
+    /// A sweep is over (control queue).
+    Swept(u64),
+    /// Something for the driver to know (event queue).
+    Event(Event),
+    /// Finish what is in flight and end.
+    Stop,
+}
+
+/// Where to send a queue thread messages.
+#[derive(Clone, Debug)]
+pub(super) struct Mailbox {
+    sender: Sender<Message>,
+    wake: Arc<EventFd>,
+}
+
+impl Mailbox {
+    /// Sends a message; it is lost if the thread has ended.
+    pub(super) fn send(&self, message: Message) {
+        if self.sender.send(message).is_ok() {
+            // It fails only if the counter is full, and then the thread is awake.
+            let _ = self.wake.write(1);
+        }
+    }
+
+    /// Sends a message that is answered, and waits for the answer or the thread's end.
+    fn call(&self, message: impl FnOnce(Sender<()>) -> Message) {
+        let (done, answered) = mpsc::channel();
+        self.send(message(done));
+        let _ = answered.recv();
+    }
+
+    /// Has the thread use other memory.
+    pub(super) fn set_memory(&self, memory: &Arc<GuestMemory>) {
+        self.call(|done| Message::SetMemory(Arc::clone(memory), done));
+    }
+
+    /// Has the thread use another call event.
+    pub(super) fn set_call(&self, call: Option<File>) {
+        self.call(|done| Message::SetCall(call, done));
+    }
+}
+
+/// What a queue is for. All methods are called on the queue's own thread and must not block.
+pub(super) trait Service {
+    /// There may be new requests: takes some. Returns whether it left some although it could go on.
+    fn requests(&mut self, ring: &mut Ring) -> bool;
+
+    /// Finishes what has completed.
+    fn progress(&mut self, ring: &mut Ring);
+
+    /// A message that is not about the ring itself.
+    fn message(&mut self, ring: &mut Ring, message: Message);
+
+    /// Requests taken and not yet answered.
+    fn in_flight(&self) -> usize;
+}
+
+/// A queue thread that runs.
+pub(super) struct Worker {
+    mailbox: Mailbox,
+    thread: JoinHandle<u16>,
+}
+
+impl Worker {
+    /// Starts a thread for `ring`. `make` gets an event to write to when a completion is there.
+    ///
+    /// # Errors
+    /// If the host has no thread or file descriptor left.
+    pub(super) fn start<S: Service + Send + 'static>(
+        name: String,
+        ring: Ring,
+        kick: File,
+        make: impl FnOnce(Arc<EventFd>) -> S,
+    ) -> io::Result<Self> {
+        let (sender, inbox) = mpsc::channel();
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        let wake = Arc::new(EventFd::from_flags(flags)?);
+        let mailbox = Mailbox { sender, wake: Arc::clone(&wake) };
+        let service = make(Arc::clone(&wake));
+        let state = State { ring, service, kick: Some(kick), wake, inbox };
+        let thread = thread::Builder::new().name(name).spawn(move || state.run())?;
+        Ok(Worker { mailbox, thread })
+    }
+
+    /// Where to send it messages.
+    pub(super) fn mailbox(&self) -> &Mailbox {
+        &self.mailbox
+    }
+
+    /// Asks it to end; [`Worker::join`] waits for that.
+    pub(super) fn stop(&self) {
+        self.mailbox.send(Message::Stop);
+    }
+
+    /// Waits until nothing is in flight and the thread is gone; returns where the next request will
+    /// be found.
+    pub(super) fn join(self) -> u16 {
+        self.stop();
+        self.thread.join().unwrap_or_default()
+    }
+}
+
+struct State<S> {
+    ring: Ring,
+    service: S,
+    kick: Option<File>,
+    wake: Arc<EventFd>,
+    inbox: Receiver<Message>,
+}
+
+impl<S: Service> State<S> {
+    fn run(mut self) -> u16 {
+        let mut stopping = false;
+        loop {
+            while let Ok(message) = self.inbox.try_recv() {
+                stopping |= self.message(message);
+            }
+            self.service.progress(&mut self.ring);
+            let mut more = false;
+            if !stopping {
+                self.ring.spare_kicks();
+                more = self.service.requests(&mut self.ring);
+            }
+            self.ring.announce();
+            if stopping && self.service.in_flight() == 0 {
+                return self.ring.next_avail();
+            }
+            let awake = more || (!stopping && self.ring.await_kicks() && self.may_take());
+            if !awake {
+                self.wait();
+            }
+        }
+    }
+
+    /// Whether another request fits: a driver that hands out a chain twice gains nothing by it.
+    fn may_take(&self) -> bool {
+        self.service.in_flight() < self.ring.size()
+    }
+
+    /// Handles a message; says whether it was the last one.
+    fn message(&mut self, message: Message) -> bool {
+        match message {
+            Message::Stop => return true,
+            Message::SetMemory(memory, done) => {
+                self.ring.set_memory(memory);
+                let _ = done.send(());
+            }
+            Message::SetCall(call, done) => {
+                self.ring.set_call(call);
+                let _ = done.send(());
+            }
+            other => self.service.message(&mut self.ring, other),
+        }
+        false
+    }
+
+    /// Sleeps until there is a kick, a message or a completion.
+    fn wait(&mut self) {
+        let mut fds = vec![PollFd::new(self.wake.as_ref().as_fd(), PollFlags::POLLIN)];
+        fds.extend(self.kick.as_ref().map(|k| PollFd::new(k.as_fd(), PollFlags::POLLIN)));
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => log::error!("poll: {error}"),
+        }
+        let ready = |n: usize| fds.get(n).and_then(PollFd::any).unwrap_or(false);
+        let (woken, kicked) = (ready(0), ready(1));
+        if woken {
+            let _ = self.wake.read();
+        }
+        if kicked && !self.consume_kick() {
+            log::warn!("kick is no event; the queue is served without it");
+            self.kick = None;
+        }
+    }
+
+    fn consume_kick(&self) -> bool {
+        let Some(mut kick) = self.kick.as_ref() else { return false };
+        match kick.read(&mut [0; 8]) {
+            Ok(n) => n == 8,
+            Err(e) => matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted),
+        }
+    }
+}
