@@ -341,10 +341,10 @@ fn serial(value: &str) -> Result<String, String> {
 /// An NAA name in hexadecimal: 16 digits for formats 2, 3 and 5, 32 digits for format 6.
 fn naa(value: &str) -> Result<Vec<u8>, String> {
     let digits = value.trim_start_matches("naa.").trim_start_matches("0x");
-    let fits = match (digits.chars().next(), digits.len()) {
-        (Some('2' | '3' | '5'), 16) | (Some('6'), 32) => true,
-        _ => false,
-    };
+    let fits = matches!(
+        (digits.chars().next(), digits.len()),
+        (Some('2' | '3' | '5'), 16) | (Some('6'), 32)
+    );
     let bytes = (0..digits.len() / 2)
         .map(|n| digits.get(2 * n..2 * n + 2).and_then(|d| u8::from_str_radix(d, 16).ok()));
     match bytes.collect::<Option<Vec<u8>>>() {

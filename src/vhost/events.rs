@@ -91,6 +91,10 @@ impl Service for EventQueue {
         }
     }
 
+    fn wants_requests(&self, _: &Ring) -> bool {
+        !self.waiting.is_empty() || self.missed
+    }
+
     fn in_flight(&self) -> usize {
         0
     }

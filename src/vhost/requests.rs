@@ -189,7 +189,7 @@ impl RequestQueue {
 impl Service for RequestQueue {
     fn requests(&mut self, ring: &mut Ring) -> bool {
         for _ in 0..BATCH {
-            if self.in_flight() >= ring.size() {
+            if !self.wants_requests(ring) {
                 return false;
             }
             match ring.pop() {
@@ -220,6 +220,11 @@ impl Service for RequestQueue {
             }
             self.sweep(&sweep);
         }
+    }
+
+    /// No more than a ring's worth: a driver that hands out a chain twice gains nothing by it.
+    fn wants_requests(&self, ring: &Ring) -> bool {
+        self.in_flight() < ring.size()
     }
 
     fn in_flight(&self) -> usize {

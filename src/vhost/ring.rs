@@ -3,15 +3,20 @@
 use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::guest_buf::{BadChain, Chain, Guard, resolve};
 use super::memory::GuestMemory;
 
 /// Largest queue we serve.
 pub(super) const MAX_QUEUE_SIZE: u16 = 1024;
+
+/// VIRTQ_AVAIL_F_NO_INTERRUPT.
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
 
 /// A queue that runs.
 pub(super) struct Ring {
@@ -88,11 +93,24 @@ impl Ring {
         if !std::mem::take(&mut self.unannounced) {
             return;
         }
-        let wanted = self.queue.needs_notification(self.memory.0.as_ref()).unwrap_or(true);
-        if let (true, Some(mut call)) = (wanted, self.call.as_ref()) {
+        if let (true, Some(mut call)) = (self.driver_wants_to_know(), self.call.as_ref()) {
             // It fails if the counter is full, and then the driver knows already.
             let _ = call.write(&1u64.to_ne_bytes());
         }
+    }
+
+    fn driver_wants_to_know(&mut self) -> bool {
+        let memory = self.memory.0.as_ref();
+        let wanted = self.queue.needs_notification(memory).unwrap_or(true);
+        // Without EVENT_IDX the driver says so by a flag, which virtio-queue does not look at
+        // (VIRTIO 1.3 2.7.7). That call has put a fence after the used index.
+        let flags: u16 = match self.queue.event_idx_enabled() {
+            true => 0,
+            false => memory
+                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+                .unwrap_or_default(),
+        };
+        wanted && u16::from_le(flags) & AVAIL_F_NO_INTERRUPT == 0
     }
 
     /// Asks for kicks again; says whether requests came in meanwhile.

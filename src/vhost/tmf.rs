@@ -284,6 +284,10 @@ impl Service for ControlQueue {
         }
     }
 
+    fn wants_requests(&self, _: &Ring) -> bool {
+        true
+    }
+
     fn in_flight(&self) -> usize {
         self.pending.len()
     }

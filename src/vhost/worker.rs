@@ -78,6 +78,10 @@ pub(super) trait Service {
     /// A message that is not about the ring itself.
     fn message(&mut self, ring: &mut Ring, message: Message);
 
+    /// Whether it would take a request now. If not, none is looked for until something else
+    /// happens: a completion, a message, or a kick.
+    fn wants_requests(&self, ring: &Ring) -> bool;
+
     /// Requests taken and not yet answered.
     fn in_flight(&self) -> usize;
 }
@@ -152,16 +156,11 @@ impl<S: Service> State<S> {
             if stopping && self.service.in_flight() == 0 {
                 return self.ring.next_avail();
             }
-            let awake = more || (!stopping && self.ring.await_kicks() && self.may_take());
-            if !awake {
+            let look = !stopping && self.service.wants_requests(&self.ring);
+            if !(more || look && self.ring.await_kicks()) {
                 self.wait();
             }
         }
-    }
-
-    /// Whether another request fits: a driver that hands out a chain twice gains nothing by it.
-    fn may_take(&self) -> bool {
-        self.service.in_flight() < self.ring.size()
     }
 
     /// Handles a message; says whether it was the last one.

@@ -11,6 +11,10 @@ pub(super) const VENDOR: &str = "THINLUN";
 /// PRODUCT IDENTIFICATION.
 const PRODUCT: &str = "THIN DISK";
 
+/// PRODUCT REVISION LEVEL.
+const REVISION: &str =
+    concat!(env!("CARGO_PKG_VERSION_MAJOR"), ".", env!("CARGO_PKG_VERSION_MINOR"));
+
 /// Direct access block device.
 const DISK: u8 = 0x00;
 /// Well-known logical unit.
@@ -70,7 +74,7 @@ impl Standard {
             flags7: 0x02,
             vendor: ascii_field(VENDOR),
             product: ascii_field(PRODUCT),
-            revision: ascii_field(env!("CARGO_PKG_VERSION")),
+            revision: ascii_field(REVISION),
             vendor_specific: [0; 22],
             version_descriptors,
             reserved: [0; 22],
