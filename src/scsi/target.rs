@@ -247,16 +247,17 @@ fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command
     Ok(command)
 }
 
-/// Gives data-in bytes to the initiator, cut off at the allocation length (SPC-5 4.2.5.6).
+/// Gives data-in bytes to the initiator, cut off at the allocation length (SPC-5 4.2.5.6). There must
+/// be room for all that the allocation length allows (VIRTIO 1.3 5.6.6.1.1, OVERRUN).
 fn deliver(
     data_in: &crate::store::Buffers,
     bytes: &[u8],
     allocation: usize,
 ) -> Result<Outcome, ScsiError> {
-    let bytes = bytes.get(..allocation).unwrap_or(bytes);
-    if bytes.len() > data_in.len() {
+    if allocation > data_in.len() {
         return Err(ScsiError::Overrun);
     }
+    let bytes = bytes.get(..allocation).unwrap_or(bytes);
     Ok(Outcome::good(data_in.write_at(0, bytes)))
 }
 

@@ -144,7 +144,10 @@ impl Connection {
                 let peers = Arc::clone(&self.peers);
                 Worker::start(name, new, kick, |_| ControlQueue::new(target, nexus, peers, index))
             }
-            EVENT_QUEUE => Worker::start(name, new, kick, |_| EventQueue::default()),
+            EVENT_QUEUE => {
+                let changes = self.features & feature::CHANGE != 0;
+                Worker::start(name, new, kick, |_| EventQueue::new(changes))
+            }
             _ => Worker::start(name, new, kick, |wake| RequestQueue::new(target, nexus, wake)),
         }
         .map_err(refused)?;

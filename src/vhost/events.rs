@@ -3,17 +3,12 @@
 //! Buffers stay in the ring until there is something to put into them, so that a stopped queue has
 //! lost none.
 
-use std::collections::VecDeque;
-
 use zerocopy::IntoBytes;
 
 use super::ring::Ring;
 use super::wire::{EventBuffer, T_EVENTS_MISSED, T_NO_EVENT, T_PARAM_CHANGE};
 use super::worker::{Message, Service};
 use crate::scsi::{LunNumber, UnitAttention};
-
-/// Events kept while the driver has no buffer for them; more than these are missed.
-const MAX_WAITING: usize = 16;
 
 /// Something that happened to a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,61 +33,63 @@ impl Event {
 }
 
 /// Serves the event queue.
-#[derive(Default)]
 pub(super) struct EventQueue {
-    waiting: VecDeque<Event>,
+    /// The driver wants to know of changed parameters (VIRTIO_SCSI_F_CHANGE).
+    changes: bool,
+    /// An event was lost for want of a buffer; the next one says so.
     missed: bool,
 }
 
 impl EventQueue {
-    fn next(&mut self) -> Option<Event> {
-        let nothing = Event { kind: T_NO_EVENT, lun: [0; 8], reason: 0 };
-        self.waiting.pop_front().or(self.missed.then_some(nothing))
+    /// An event queue; `changes` says whether VIRTIO_SCSI_F_CHANGE was accepted.
+    pub(super) fn new(changes: bool) -> Self {
+        EventQueue { changes, missed: false }
     }
 
-    fn deliver(&mut self, ring: &mut Ring) {
-        while !self.waiting.is_empty() || self.missed {
-            let Some(chain) = ring.pop() else { return };
-            if chain.writable.len() < size_of::<EventBuffer>() {
-                // VIRTIO 1.3 5.6.6.3.1: the event is lost with the buffer, and that is told.
-                self.missed = true;
-                self.waiting.pop_front();
-                ring.refuse(chain.head, "event buffer too short");
-                return;
-            }
-            let Some(event) = self.next() else { return };
-            let missed = if std::mem::take(&mut self.missed) { T_EVENTS_MISSED } else { 0 };
-            let buffer = EventBuffer {
-                event: (event.kind | missed).into(),
-                lun: event.lun,
-                reason: event.reason.into(),
-            };
-            ring.push(chain.head, chain.writable.write_at(0, buffer.as_bytes()));
+    /// Puts an event into the next buffer. Without one, or with one that is too short, the event is
+    /// lost.
+    fn deliver(&mut self, ring: &mut Ring, event: Event) {
+        let Some(chain) = ring.pop() else {
+            self.missed = true;
+            return;
+        };
+        if chain.writable.len() < size_of::<EventBuffer>() {
+            self.missed = true;
+            return ring.refuse(chain.head, "event buffer too short");
         }
+        let missed = if std::mem::take(&mut self.missed) { T_EVENTS_MISSED } else { 0 };
+        let buffer = EventBuffer {
+            event: (event.kind | missed).into(),
+            lun: event.lun,
+            reason: event.reason.into(),
+        };
+        ring.push(chain.head, chain.writable.write_at(0, buffer.as_bytes()));
     }
 }
 
+/// What is said when there is nothing to say but that something was missed.
+const NOTHING: Event = Event { kind: T_NO_EVENT, lun: [0; 8], reason: 0 };
+
 impl Service for EventQueue {
     fn requests(&mut self, ring: &mut Ring) -> bool {
-        self.deliver(ring);
+        if self.missed && ring.has_requests() {
+            self.deliver(ring, NOTHING);
+        }
         false
     }
 
     fn progress(&mut self, _: &mut Ring) {}
 
     fn message(&mut self, ring: &mut Ring, message: Message) {
-        if let Message::Event(event) = message {
-            if self.waiting.len() < MAX_WAITING {
-                self.waiting.push_back(event);
-            } else {
-                self.missed = true;
-            }
-            self.deliver(ring);
+        if let Message::Event(event) = message
+            && self.changes
+        {
+            self.deliver(ring, event);
         }
     }
 
     fn wants_requests(&self, _: &Ring) -> bool {
-        !self.waiting.is_empty() || self.missed
+        self.missed
     }
 
     fn in_flight(&self) -> usize {

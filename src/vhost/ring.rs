@@ -118,6 +118,12 @@ impl Ring {
         !self.broken && self.queue.enable_notification(self.memory.0.as_ref()).unwrap_or_default()
     }
 
+    /// Whether there is a request to pop.
+    pub(super) fn has_requests(&self) -> bool {
+        let available = self.queue.avail_idx(self.memory.0.as_ref(), Ordering::Acquire);
+        !self.broken && available.is_ok_and(|index| index.0 != self.queue.next_avail())
+    }
+
     /// Spares the driver kicks while we look at the ring anyway.
     pub(super) fn spare_kicks(&mut self) {
         let _ = self.queue.disable_notification(self.memory.0.as_ref());

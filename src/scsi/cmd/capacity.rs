@@ -45,7 +45,7 @@ pub(super) fn read_capacity_10(context: Context<'_>) -> Result<Reply, ScsiError>
         last_lba: U32::new(u32::try_from(last).unwrap_or(u32::MAX)),
         block_size: U32::new(context.lun.block_size()),
     };
-    Ok(Reply::Data { bytes: bytes_of(&data), allocation: usize::MAX })
+    Ok(Reply::Data { bytes: bytes_of(&data), allocation: size_of::<Capacity10>() })
 }
 
 /// READ CAPACITY(16).

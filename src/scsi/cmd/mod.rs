@@ -196,8 +196,10 @@ const FLUSH: (u32, u32) = (0, 300);
 
 /// DPO and FUA.
 const DPO_FUA: u8 = 0x18;
-/// DPO and BYTCHK.
+/// DPO and BYTCHK of VERIFY.
 const DPO_BYTCHK: u8 = 0x16;
+/// DPO and BYTCHK of WRITE AND VERIFY, which has but the low bit of it.
+const DPO_BYTCHK_LOW: u8 = 0x12;
 /// IMMED.
 const IMMED: u8 = 0x02;
 
@@ -272,7 +274,7 @@ pub static TABLE: &[Command] = &[
     row("READ CAPACITY(10)", &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], In, Read, QUICK, capacity::read_capacity_10),
     row("READ(10)", const { &cdb10(0x28, DPO_FUA) }, In, Read, TRANSFER, rw::read),
     row("WRITE(10)", const { &cdb10(0x2a, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
-    row("WRITE AND VERIFY(10)", const { &cdb10(0x2e, DPO_BYTCHK) }, Out, Write, TRANSFER, verify::write_and_verify),
+    row("WRITE AND VERIFY(10)", const { &cdb10(0x2e, DPO_BYTCHK_LOW) }, Out, Write, TRANSFER, verify::write_and_verify),
     row("VERIFY(10)", const { &cdb10(0x2f, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
     row("PRE-FETCH(10)", const { &cdb10(0x34, IMMED) }, NO, Read, QUICK, flush::prefetch),
     row("SYNCHRONIZE CACHE(10)", const { &cdb10(0x35, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache),
@@ -281,7 +283,7 @@ pub static TABLE: &[Command] = &[
     row("MODE SENSE(10)", &[0x5a, 0x18, FF, FF, 0, 0, 0, FF, FF, 0], In, NA, QUICK, mode::mode_sense),
     row("READ(16)", const { &cdb16(0x88, DPO_FUA) }, In, Read, TRANSFER, rw::read),
     row("WRITE(16)", const { &cdb16(0x8a, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
-    row("WRITE AND VERIFY(16)", const { &cdb16(0x8e, DPO_BYTCHK) }, Out, Write, TRANSFER, verify::write_and_verify),
+    row("WRITE AND VERIFY(16)", const { &cdb16(0x8e, DPO_BYTCHK_LOW) }, Out, Write, TRANSFER, verify::write_and_verify),
     row("VERIFY(16)", const { &cdb16(0x8f, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
     row("PRE-FETCH(16)", const { &cdb16(0x90, IMMED) }, NO, Read, QUICK, flush::prefetch),
     row("SYNCHRONIZE CACHE(16)", const { &cdb16(0x91, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache),
@@ -291,6 +293,6 @@ pub static TABLE: &[Command] = &[
     row("REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS", &[0xa3, 0x0d, 0x80, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::supported_task_management).action(0x0d),
     row("READ(12)", const { &cdb12(0xa8, DPO_FUA) }, In, Read, TRANSFER, rw::read),
     row("WRITE(12)", const { &cdb12(0xaa, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
-    row("WRITE AND VERIFY(12)", const { &cdb12(0xae, DPO_BYTCHK) }, Out, Write, TRANSFER, verify::write_and_verify),
+    row("WRITE AND VERIFY(12)", const { &cdb12(0xae, DPO_BYTCHK_LOW) }, Out, Write, TRANSFER, verify::write_and_verify),
     row("VERIFY(12)", const { &cdb12(0xaf, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
 ];
