@@ -1,0 +1,514 @@
+//! Commands as pure tables: no daemon, no files. Whatever the command table says is held against
+//! what the disk does.
+#![allow(clippy::cast_possible_truncation)]
+
+use std::sync::Arc;
+
+use thinlun::scsi::cmd::{Access, Command, Data, ServiceAction, TABLE};
+use thinlun::scsi::{
+    Addressed, Cdb, Delivery, Lun, LunNumber, LunSettings, Nexus, Outcome, Plan, Request, Status,
+    Target,
+};
+use thinlun::store::engine::Cancel;
+use thinlun::store::mem::MemStore;
+use thinlun::store::{Buffers, Store};
+
+const BLOCKS: u64 = 2048;
+
+/// A target with one disk in memory, and an initiator whose unit attention is behind it.
+struct Bench {
+    target: Target,
+    nexus: Arc<Nexus>,
+    lun: Arc<Lun>,
+}
+
+/// What came of a command.
+#[derive(Debug)]
+struct Answer {
+    outcome: Outcome,
+    data: Vec<u8>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self::over(MemStore::new(BLOCKS * 512))
+    }
+
+    fn over(store: MemStore) -> Self {
+        let settings = LunSettings {
+            target: 0,
+            lun: LunNumber::new(0).unwrap(),
+            serial: "SERIAL".into(),
+            naa: vec![0x30, 1, 2, 3, 4, 5, 6, 7],
+            block_size: 512,
+            physical_block_size: 4096,
+            rotational: false,
+            write_cache: true,
+        };
+        let lun = Arc::new(Lun::new(settings, 0, Arc::new(store) as Arc<dyn Store>).unwrap());
+        let target = Target::new(vec![Arc::clone(&lun)]);
+        let nexus = target.connect();
+        let bench = Bench { target, nexus, lun };
+        bench.run(&[0; 6], &[], 0).expect_sense(6, 0x2900);
+        bench
+    }
+
+    /// Runs a command to its end.
+    fn run_as(&self, nexus: &Arc<Nexus>, cdb: &[u8], out: &[u8], room: usize) -> Answer {
+        let data_in = Buffers::zeroed(room).unwrap();
+        let request = Request {
+            cdb: Cdb::new(cdb),
+            data_out: Buffers::copy_of(out).unwrap(),
+            data_in: data_in.clone(),
+        };
+        let address = Addressed::Disk(Arc::clone(&self.lun));
+        let outcome = match self.target.execute(nexus, &address, request) {
+            Plan::Done(outcome) => outcome,
+            Plan::Transfer(transfer, operation) => {
+                transfer.finish(operation.run(self.lun.store().as_ref()))
+            }
+            Plan::Job(_, job) => job(&Cancel::default()),
+        };
+        Answer { data: data_in.to_vec(outcome.transferred), outcome }
+    }
+
+    fn run(&self, cdb: &[u8], out: &[u8], room: usize) -> Answer {
+        self.run_as(&self.nexus, cdb, out, room)
+    }
+
+    fn data(&self, cdb: &[u8], room: usize) -> Vec<u8> {
+        self.run(cdb, &[], room).expect_good()
+    }
+
+    fn mode_sense(&self, page: u8) -> Vec<u8> {
+        self.data(&[0x1a, 8, page, 0, 255, 0], 255)
+    }
+}
+
+impl Answer {
+    #[track_caller]
+    fn expect_good(self) -> Vec<u8> {
+        assert_eq!(
+            (self.outcome.delivery, self.outcome.status),
+            (Delivery::Complete, Status::Good),
+            "{self:02x?}"
+        );
+        self.data
+    }
+
+    #[track_caller]
+    fn expect_sense(&self, key: u8, asc: u16) {
+        assert_eq!(self.outcome.status, Status::CheckCondition, "{self:02x?}");
+        let sense = &self.outcome.sense;
+        assert_eq!(sense[0] & 0x7f, 0x70);
+        assert_eq!(
+            (sense[2], u16::from_be_bytes([sense[12], sense[13]])),
+            (key, asc),
+            "{self:02x?}"
+        );
+    }
+
+    #[track_caller]
+    fn expect_cdb_field(&self, byte: u16, bit: u8) {
+        self.expect_sense(5, 0x2400);
+        let sense = &self.outcome.sense;
+        assert_eq!(sense[15], 0xc8 | bit, "SKSV, C/D, BPV and the bit");
+        assert_eq!(u16::from_be_bytes([sense[16], sense[17]]), byte);
+    }
+}
+
+/// A CDB that names the command and is zero otherwise.
+fn bare(command: &Command) -> Vec<u8> {
+    let mut cdb = vec![0; command.usage.len()];
+    cdb[0] = command.opcode();
+    if let ServiceAction::Byte1(action) = command.service_action {
+        cdb[1] = action;
+    }
+    cdb
+}
+
+#[test]
+fn the_table_is_in_order_and_each_row_is_sound() {
+    let keys: Vec<(u8, u8)> = TABLE.iter().map(|c| (bare(c)[0], bare(c)[1])).collect();
+    assert!(keys.is_sorted() && keys.windows(2).all(|w| w[0] != w[1]));
+    for command in TABLE {
+        let len = match command.opcode() >> 5 {
+            0 => 6,
+            1 | 2 => 10,
+            4 => 16,
+            5 => 12,
+            _ => command.usage.len(),
+        };
+        assert_eq!(command.usage.len(), len, "{}", command.name);
+        // CONTROL: neither NACA nor the obsolete LINK is supported.
+        assert_eq!(command.usage[len - 1], 0, "{}", command.name);
+        assert!(command.access != Access::Write || command.data != Data::In, "{}", command.name);
+    }
+}
+
+#[test]
+fn every_opcode_that_is_not_in_the_table_is_invalid() {
+    let bench = Bench::new();
+    for opcode in 0..=255u8 {
+        if TABLE.iter().any(|c| c.opcode() == opcode) {
+            continue;
+        }
+        for action in 0..32 {
+            bench.run(&[opcode, action], &[], 0).expect_sense(5, 0x2000);
+        }
+    }
+}
+
+#[test]
+fn every_service_action_that_is_not_in_the_table_is_an_invalid_field() {
+    let bench = Bench::new();
+    let with_actions = TABLE.iter().filter(|c| c.service_action != ServiceAction::None);
+    for opcode in with_actions.map(Command::opcode) {
+        for action in 0..32 {
+            let here = ServiceAction::Byte1(action);
+            if !TABLE.iter().any(|c| c.opcode() == opcode && c.service_action == here) {
+                bench.run(&[opcode, action], &[], 0).expect_cdb_field(1, 4);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_reserved_bit_is_refused_and_pointed_at() {
+    let bench = Bench::new();
+    for command in TABLE {
+        for byte in 1..command.usage.len() {
+            for bit in 0..8u8 {
+                let action = byte == 1 && command.service_action != ServiceAction::None;
+                if command.usage[byte] & (1 << bit) != 0 || (action && bit < 5) {
+                    continue;
+                }
+                let mut cdb = bare(command);
+                cdb[byte] |= 1 << bit;
+                bench.run(&cdb, &[], 0).expect_cdb_field(byte as u16, bit);
+            }
+        }
+    }
+}
+
+#[test]
+fn writes_are_refused_on_a_read_only_disk_and_nothing_else_is() {
+    let bench = Bench::over(MemStore::new(BLOCKS * 512).read_only());
+    for command in TABLE {
+        let answer = bench.run(&bare(command), &[0; 512], 0);
+        bench.lun.set_started(true);
+        if command.access == Access::Write {
+            answer.expect_sense(7, 0x2700);
+        } else if answer.outcome.status == Status::CheckCondition {
+            assert_ne!(answer.outcome.sense[2], 7, "{}: {answer:02x?}", command.name);
+        }
+    }
+    assert_eq!(bench.mode_sense(0x3f)[2] & 0x80, 0x80, "WP");
+}
+
+#[test]
+fn a_stopped_disk_answers_what_does_not_need_its_medium() {
+    let bench = Bench::new();
+    bench.run(&[0x1b, 0, 0, 0, 0, 0], &[], 0).expect_good();
+    for command in TABLE.iter().filter(|c| c.opcode() != 0x1b) {
+        let answer = bench.run(&bare(command), &[0; 512], 512);
+        if command.access == Access::None {
+            assert_ne!(answer.outcome.sense.get(12), Some(&4), "{}: {answer:02x?}", command.name);
+        } else {
+            answer.expect_sense(2, 0x0402);
+        }
+    }
+    let sense = bench.data(&[3, 0, 0, 0, 18, 0], 18);
+    assert_eq!((sense[2], sense[12], sense[13]), (2, 4, 2));
+    bench.run(&[0x1b, 0, 0, 0, 1, 0], &[], 0).expect_good();
+    bench.run(&[0; 6], &[], 0).expect_good();
+}
+
+#[test]
+fn a_unit_attention_is_reported_once_and_only_by_those_that_may() {
+    for command in TABLE {
+        let bench = Bench::new();
+        let other = bench.target.connect();
+        let answer = bench.run_as(&other, &bare(command), &[0; 512], 512);
+        let reported = answer.outcome.sense.get(12) == Some(&0x29);
+        assert_eq!(reported, !command.exempt_from_attention, "{}: {answer:02x?}", command.name);
+        if reported {
+            bench.run_as(&other, &[0; 6], &[], 0).expect_good();
+        }
+    }
+    // An unknown command does not get past it either.
+    let bench = Bench::new();
+    let other = bench.target.connect();
+    bench.run_as(&other, &[0xff], &[], 0).expect_sense(6, 0x2900);
+}
+
+#[test]
+fn report_supported_operation_codes_is_the_table() {
+    let bench = Bench::new();
+    for rctd in [0, 0x80] {
+        let all = bench.data(&[0xa3, 0x0c, rctd, 0, 0, 0, 0, 0, 16, 0, 0, 0], 4096);
+        let list = &all[4..];
+        assert_eq!(u32::from_be_bytes(all[..4].try_into().unwrap()) as usize, list.len());
+        let each = if rctd == 0 { 8 } else { 20 };
+        assert_eq!(list.len(), each * TABLE.len());
+        for (entry, command) in list.chunks(each).zip(TABLE) {
+            assert_eq!(entry[0], command.opcode(), "{}", command.name);
+            let action = match command.service_action {
+                ServiceAction::None => (0, 0),
+                ServiceAction::Byte1(action) => (action, 1),
+            };
+            assert_eq!((entry[3], entry[5] & 1), action, "{}", command.name);
+            assert_eq!(usize::from(entry[7]), command.usage.len());
+            assert_eq!(entry[5] & 2 != 0, rctd != 0);
+            if rctd != 0 {
+                assert_eq!(entry[8..10], [0, 10]);
+                assert_eq!(entry[16..20], command.timeouts.1.to_be_bytes());
+            }
+        }
+        for command in TABLE {
+            let cdb = bare(command);
+            let has_action = command.service_action != ServiceAction::None;
+            let ask = |option: u8| {
+                let action = if has_action { cdb[1] } else { 0 };
+                bench.run(
+                    &[0xa3, 0x0c, rctd | option, cdb[0], 0, action, 0, 0, 1, 0, 0, 0],
+                    &[],
+                    256,
+                )
+            };
+            let (right, wrong) = if has_action { (2, 1) } else { (1, 2) };
+            ask(wrong).expect_cdb_field(2, 2);
+            for option in [right, 3] {
+                let one = ask(option).expect_good();
+                assert_eq!(one[1] & 7, 3, "{}", command.name);
+                assert_eq!(usize::from(one[3]), command.usage.len());
+                assert_eq!(&one[4..4 + command.usage.len()], command.usage);
+                assert_eq!(one[1] & 0x80 != 0, rctd != 0);
+            }
+        }
+    }
+    let unknown = bench.data(&[0xa3, 0x0c, 1, 0xff, 0, 0, 0, 0, 1, 0, 0, 0], 256);
+    assert_eq!(unknown, [0, 1, 0, 0]);
+    let unknown = bench.data(&[0xa3, 0x0c, 3, 0x9e, 0, 0x1f, 0, 0, 1, 0, 0, 0], 256);
+    assert_eq!(unknown, [0, 1, 0, 0]);
+}
+
+#[test]
+fn report_supported_task_management_functions() {
+    let bench = Bench::new();
+    let short = bench.data(&[0xa3, 0x0d, 0, 0, 0, 0, 0, 0, 0, 64, 0, 0], 64);
+    assert_eq!(short, [0xdc, 0x03, 0, 0]);
+    let long = bench.data(&[0xa3, 0x0d, 0x80, 0, 0, 0, 0, 0, 0, 64, 0, 0], 64);
+    assert_eq!((long.len(), &long[..4]), (16, &[0xdc, 0x03, 0, 0x0c][..]));
+}
+
+#[test]
+fn vpd_pages_are_listed_and_each_is_there() {
+    let bench = Bench::new();
+    let list = bench.data(&[0x12, 1, 0, 0, 255, 0], 255);
+    assert_eq!(list[4..], [0x00, 0x80, 0x83, 0x86, 0x87, 0x88, 0xb0, 0xb1, 0xb2]);
+    for page in 0..=255u8 {
+        let answer = bench.run(&[0x12, 1, page, 1, 0, 0], &[], 256);
+        if list[4..].contains(&page) {
+            let data = answer.expect_good();
+            assert_eq!(data[1], page);
+            assert_eq!(usize::from(u16::from_be_bytes([data[2], data[3]])), data.len() - 4);
+        } else {
+            answer.expect_cdb_field(2, 7);
+        }
+    }
+    let limits = bench.data(&[0x12, 1, 0xb0, 0, 255, 0], 255);
+    assert_eq!(limits[3], 0x3c);
+    assert_eq!(u16::from_be_bytes([limits[6], limits[7]]), 8, "one physical block");
+    assert_eq!(limits[8..12], 65536u32.to_be_bytes(), "32 MiB");
+    assert_eq!(limits[20..], [0; 44], "nothing of provisioning yet");
+}
+
+#[test]
+fn nothing_of_provisioning_is_claimed_yet() {
+    let bench = Bench::new();
+    let capacity = bench.data(&[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0], 32);
+    assert_eq!(capacity[..8], (BLOCKS - 1).to_be_bytes());
+    assert_eq!(capacity[8..14], [0, 0, 2, 0, 0, 3]);
+    assert_eq!(capacity[14], 0, "LBPME and LBPRZ");
+    let provisioning = bench.data(&[0x12, 1, 0xb2, 0, 255, 0], 255);
+    assert_eq!(provisioning, [0, 0xb2, 0, 4, 0, 0, 0, 0]);
+}
+
+#[test]
+fn ranges_end_at_the_capacity() {
+    let bench = Bench::new();
+    for (lba, blocks, fits) in [
+        (0, 0, true),
+        (BLOCKS, 0, true),
+        (BLOCKS + 1, 0, false),
+        (BLOCKS - 1, 1, true),
+        (BLOCKS - 1, 2, false),
+        (u64::MAX, 0, false),
+        (u64::MAX, 1, false),
+        (0, u32::MAX, false),
+    ] {
+        let block_commands = [0x88, 0x8a, 0x8e, 0x8f, 0x90, 0x91];
+        for opcode in block_commands {
+            let mut cdb = [0; 16];
+            cdb[0] = opcode;
+            cdb[2..10].copy_from_slice(&lba.to_be_bytes());
+            cdb[10..14].copy_from_slice(&blocks.to_be_bytes());
+            let reads = opcode == 0x88;
+            let (out, room) = if reads { (vec![], 512) } else { (vec![0; 512], 0) };
+            let answer = bench.run(&cdb, &out, room);
+            match fits {
+                true => drop(answer.expect_good()),
+                false => answer.expect_sense(5, 0x2100),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_transfer_above_the_limit_is_refused() {
+    let bench = Bench::over(MemStore::new(1 << 30));
+    let over = 65537u32.to_be_bytes();
+    let cdb = [0x88, 0, 0, 0, 0, 0, 0, 0, 0, 0, over[0], over[1], over[2], over[3], 0, 0];
+    bench.run(&cdb, &[], 0).expect_sense(5, 0x2400);
+}
+
+#[test]
+fn mode_pages_can_be_changed_where_they_say_so() {
+    let bench = Bench::new();
+    let current = bench.mode_sense(0x3f);
+    let changeable = bench.mode_sense(0x3f | 0x40);
+    let codes: Vec<u8> = {
+        let mut at = 4;
+        let mut codes = vec![];
+        while at < current.len() {
+            codes.push(current[at] & 0x3f);
+            at += 2 + usize::from(current[at + 1]);
+        }
+        codes
+    };
+    assert_eq!(codes, [0x01, 0x02, 0x08, 0x0a, 0x1c]);
+    assert_eq!(bench.mode_sense(0x3f | 0x80)[4..], current[4..], "defaults are in force");
+    bench.run(&[0x1a, 8, 0xff, 0, 255, 0], &[], 255).expect_sense(5, 0x3900);
+    // Every bit of every page: it can be changed if and only if the mask says so.
+    let mut at = 4;
+    while at < current.len() {
+        let len = 2 + usize::from(current[at + 1]);
+        for byte in 2..len {
+            for bit in 0..8 {
+                let mut list = vec![0; 4];
+                list.extend(&current[at..at + len]);
+                list[4 + byte] ^= 1 << bit;
+                let select = [0x15, 0x10, 0, 0, list.len() as u8, 0];
+                let answer = bench.run(&select, &list, 0);
+                if changeable[at + byte] & (1 << bit) != 0 {
+                    answer.expect_good();
+                    let now = bench.mode_sense(current[at] & 0x3f);
+                    assert_eq!(now[4..], list[4..]);
+                    bench.lun.reset();
+                } else {
+                    answer.expect_sense(5, 0x2600);
+                    let sense = answer.outcome.sense;
+                    assert_eq!((sense[15], sense[17]), (0x88 | bit, (4 + byte) as u8));
+                }
+            }
+        }
+        at += len;
+    }
+    assert_eq!(bench.mode_sense(0x3f), current, "nothing else has changed");
+}
+
+#[test]
+fn mode_select_takes_all_pages_or_none() {
+    let bench = Bench::new();
+    let mut list = vec![0; 4];
+    list.extend(&bench.mode_sense(0x08)[4..]);
+    list[4 + 2] &= !0x04;
+    list.extend(&bench.mode_sense(0x0a)[4..]);
+    *list.last_mut().unwrap() ^= 1;
+    let select = |list: &[u8]| bench.run(&[0x15, 0x10, 0, 0, list.len() as u8, 0], list, 0);
+    select(&list).expect_sense(5, 0x2600);
+    assert!(bench.lun.pages().write_cache(), "the first page had no effect");
+    *list.last_mut().unwrap() ^= 1;
+    select(&list).expect_good();
+    assert!(!bench.lun.pages().write_cache());
+    for short in 1..list.len() {
+        if short != 4 && short != 24 {
+            select(&list[..short]).expect_sense(5, 0x1a00);
+        }
+    }
+}
+
+#[test]
+fn mode_changes_are_told_to_the_others() {
+    let bench = Bench::new();
+    let other = bench.target.connect();
+    bench.run_as(&other, &[0; 6], &[], 0).expect_sense(6, 0x2900);
+    let mut list = vec![0; 4];
+    list.extend(&bench.mode_sense(0x08)[4..]);
+    bench.run(&[0x15, 0x10, 0, 0, 24, 0], &list, 0).expect_good();
+    bench.run_as(&other, &[0; 6], &[], 0).expect_good();
+    list[6] ^= 0x04;
+    bench.run(&[0x15, 0x10, 0, 0, 24, 0], &list, 0).expect_good();
+    bench.run(&[0; 6], &[], 0).expect_good();
+    bench.run_as(&other, &[0; 6], &[], 0).expect_sense(6, 0x2a01);
+}
+
+#[test]
+fn d_sense_changes_the_format_of_sense_data() {
+    let bench = Bench::new();
+    let mut list = vec![0; 4];
+    list.extend(&bench.mode_sense(0x0a)[4..]);
+    list[6] |= 0x04;
+    bench.run(&[0x15, 0x10, 0, 0, 16, 0], &list, 0).expect_good();
+    let answer = bench.run(&[0xff], &[], 0);
+    assert_eq!(answer.outcome.sense[..4], [0x72, 5, 0x20, 0]);
+}
+
+#[test]
+fn software_write_protect_protects() {
+    let bench = Bench::new();
+    let mut list = vec![0; 4];
+    list.extend(&bench.mode_sense(0x0a)[4..]);
+    list[8] |= 0x08;
+    bench.run(&[0x15, 0x10, 0, 0, 16, 0], &list, 0).expect_good();
+    bench.run(&[0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0], &[1; 512], 0).expect_sense(7, 0x2702);
+    assert_eq!(bench.mode_sense(0x0a)[2] & 0x80, 0x80);
+    assert_eq!(bench.data(&[0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0], 512), [0; 512]);
+}
+
+/// The README's table of commands, as it must stand there.
+fn readme_table() -> String {
+    let mut table = String::from("| operation | code | CDB | notes |\n|---|---|---|---|\n");
+    for command in TABLE {
+        let code = match command.service_action {
+            ServiceAction::None => format!("{:02X}h", command.opcode()),
+            ServiceAction::Byte1(action) => format!("{:02X}h/{action:02X}h", command.opcode()),
+        };
+        let notes = match (command.access, command.exempt_from_attention) {
+            (Access::Write, _) => "writes; refused on a read-only disk",
+            (_, true) => "answered although a unit attention is due",
+            (Access::Read, _) => "needs a started disk",
+            (Access::None, _) => "",
+        };
+        let len = command.usage.len();
+        table += &format!("| {} | {code} | {len} | {notes} |\n", command.name);
+    }
+    table
+}
+
+/// `UPDATE_README=1 cargo test --test commands` writes the table into the README.
+#[test]
+fn the_readme_lists_the_table() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
+    let readme = std::fs::read_to_string(path).unwrap();
+    let (begin, end) = ("<!-- commands -->\n", "<!-- end of commands -->");
+    let from = readme.find(begin).expect("the README marks where the table begins") + begin.len();
+    let to = readme.find(end).expect("the README marks where the table ends");
+    if std::env::var_os("UPDATE_README").is_some() {
+        let new = format!("{}{}{}", &readme[..from], readme_table(), &readme[to..]);
+        std::fs::write(path, new).unwrap();
+        return;
+    }
+    assert_eq!(readme[from..to], readme_table(), "UPDATE_README=1 brings it up to date");
+}
