@@ -1,0 +1,198 @@
+//! One contract that every store keeps, on every file system and in every cache mode.
+
+mod mounts;
+
+use std::fs::File;
+use std::path::Path;
+
+use mounts::{ALL, Kind, LoopDevice, Mount, skipped};
+use thinlun::store::file::{FileStore, OpenOptionsFor};
+use thinlun::store::mem::MemStore;
+use thinlun::store::{Buffers, Cause, Durability, Store, StoreError};
+
+const SIZE: usize = 4 << 20;
+const BLOCK: usize = 512;
+
+/// A small generator of repeatable numbers (xorshift64).
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % limit as u64) as usize
+    }
+
+    fn bytes(&mut self, len: usize) -> Vec<u8> {
+        (0..len).map(|_| self.below(256) as u8).collect()
+    }
+}
+
+/// Memory whose address is off every alignment when `skew` is not zero.
+fn buffer(bytes: &[u8], skew: usize) -> Buffers {
+    let all = Buffers::zeroed(bytes.len() + skew).unwrap();
+    let part = all.slice(skew, bytes.len());
+    part.write_at(0, bytes);
+    part
+}
+
+fn contract(name: &str, store: &dyn Store) {
+    reads_zeroes_at_first(name, store);
+    agrees_with_a_model(name, store);
+}
+
+fn reads_zeroes_at_first(name: &str, store: &dyn Store) {
+    assert_eq!(store.size().unwrap(), SIZE as u64, "{name}");
+    let into = buffer(&vec![0xa5; SIZE], 0);
+    store.read(0, &into).unwrap();
+    assert!(into.to_vec(SIZE).iter().all(|b| *b == 0), "{name}");
+}
+
+fn agrees_with_a_model(name: &str, store: &dyn Store) {
+    let mut model = vec![0; SIZE];
+    let mut dice = Dice(0x5eed);
+    for _ in 0..2000 {
+        let block = dice.below(SIZE / BLOCK);
+        let blocks = 1 + dice.below(64.min(SIZE / BLOCK - block));
+        let (at, len) = (block * BLOCK, blocks * BLOCK);
+        let skew = [0, 0, 512, 4, 1][dice.below(5)];
+        match dice.below(10) {
+            0..=3 => {
+                let bytes = dice.bytes(len);
+                let durability =
+                    [Durability::Cached, Durability::Cached, Durability::Stable][dice.below(3)];
+                store.write(at as u64, &buffer(&bytes, skew), durability).unwrap();
+                model[at..at + len].copy_from_slice(&bytes);
+            }
+            4 => store.flush().unwrap(),
+            5 => store.prefetch(at as u64, len as u64).unwrap(),
+            6 => assert_holds(name, store, &model[at..at + len], at, skew, true),
+            _ => assert_holds(name, store, &model[at..at + len], at, skew, false),
+        }
+    }
+    assert_holds(name, store, &model, 0, 0, true);
+}
+
+/// The store holds these bytes at `at`, read into memory that is `skew` bytes off.
+fn assert_holds(
+    name: &str,
+    store: &dyn Store,
+    expected: &[u8],
+    at: usize,
+    skew: usize,
+    medium: bool,
+) {
+    let into = buffer(&vec![0xa5; expected.len()], skew);
+    match medium {
+        true => store.read_medium(at as u64, &into).unwrap(),
+        false => store.read(at as u64, &into).unwrap(),
+    }
+    assert!(into.to_vec(expected.len()) == expected, "{name}: {} bytes at {at}", expected.len());
+}
+
+fn options(direct: bool) -> OpenOptionsFor {
+    OpenOptionsFor { read_only: false, direct, block_size: BLOCK as u32 }
+}
+
+fn fresh_file(path: &Path, size: u64) {
+    let _ = std::fs::remove_file(path);
+    File::create(path).unwrap().set_len(size).unwrap();
+}
+
+#[test]
+fn memory() {
+    contract("memory", &MemStore::new(SIZE as u64));
+}
+
+fn files_on(kind: Kind) {
+    let Some(mount) = Mount::new(kind, 512) else { return };
+    let path = mount.path().join("disk.img");
+    for direct in [false, true] {
+        fresh_file(&path, SIZE as u64);
+        match FileStore::open(&path, &options(direct)) {
+            Ok(store) => contract(&format!("{kind:?} direct={direct}"), &store),
+            // A loop device with larger blocks, or a file system without O_DIRECT.
+            Err(why) if direct => skipped(&format!("O_DIRECT on {kind:?}: {}", why.0)),
+            Err(why) => panic!("{kind:?}: {why:?}"),
+        }
+    }
+}
+
+#[test]
+fn files_on_ext4() {
+    files_on(Kind::Ext4);
+}
+
+#[test]
+fn files_on_xfs() {
+    files_on(Kind::Xfs);
+}
+
+#[test]
+fn files_on_btrfs() {
+    files_on(Kind::Btrfs);
+}
+
+#[test]
+fn files_on_tmpfs() {
+    files_on(Kind::Tmpfs);
+}
+
+#[test]
+fn a_block_device() {
+    let Some(device) = LoopDevice::new(SIZE as u64 >> 20) else { return };
+    for direct in [false, true] {
+        let store = FileStore::open(&device.device, &options(direct)).unwrap();
+        store.write(0, &buffer(&vec![0; SIZE], 0), Durability::Stable).unwrap();
+        contract(&format!("loop device direct={direct}"), &store);
+    }
+}
+
+#[test]
+fn a_read_only_store_refuses_every_write() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE as u64).unwrap();
+    let read_only = OpenOptionsFor { read_only: true, ..options(false) };
+    let store = FileStore::open(file.path(), &read_only).unwrap();
+    let bytes = buffer(&[1; BLOCK], 0);
+    for durability in [Durability::Cached, Durability::Stable] {
+        let refused = store.write(1024, &bytes, durability);
+        assert_eq!(refused, Err(StoreError::at(Cause::ReadOnly, 1024)));
+        let refused = MemStore::new(SIZE as u64).read_only().write(1024, &bytes, durability);
+        assert_eq!(refused, Err(StoreError::at(Cause::ReadOnly, 1024)));
+    }
+    reads_zeroes_at_first("read-only", &store);
+}
+
+/// A full file system is told as such, at the byte where it happened; what was written stays, and
+/// when there is space again writes succeed.
+#[test]
+fn a_full_file_system_is_no_space() {
+    for kind in ALL {
+        let Some(mount) = Mount::new(kind, 320) else { continue };
+        let (disk, filler) = (mount.path().join("disk.img"), mount.path().join("filler"));
+        fresh_file(&disk, 1 << 30);
+        let store = FileStore::open(&disk, &options(false)).unwrap();
+        let chunk = buffer(&vec![7; 1 << 20], 0);
+        fresh_file(&filler, 0);
+        std::fs::write(&filler, vec![1; 32 << 20]).unwrap();
+        let mut at = 0;
+        let error = loop {
+            assert!(at < 1 << 30, "{kind:?} never fills up");
+            match store.write(at, &chunk, Durability::Stable) {
+                Ok(()) => at += 1 << 20,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.cause, Cause::NoSpace, "{kind:?}");
+        assert!((at..at + (1 << 20)).contains(&error.at.unwrap()), "{kind:?}: {error:?}");
+        assert_holds("full", &store, &vec![7; 1 << 20], 0, 0, false);
+        std::fs::remove_file(&filler).unwrap();
+        let freed = (0..50).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            store.write(at, &chunk, Durability::Stable).is_ok()
+        });
+        assert!(freed, "{kind:?}: no write succeeds after space was freed");
+    }
+}
