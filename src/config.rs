@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::scsi::target::MAX_LUN;
+use crate::scsi::address::MAX_LUN;
 use crate::scsi::{Lun, LunNumber, LunSettings};
 use crate::store::Store;
 use crate::store::file::{FileStore, OpenError, OpenOptionsFor, create_sparse, stable_name};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use thinlun::scsi::cmd::{Access, Command, Data, ServiceAction, TABLE};
 use thinlun::scsi::{
     Addressed, Cdb, Delivery, Lun, LunNumber, LunSettings, Nexus, Outcome, Plan, Request, Status,
-    Target,
+    Target, execute,
 };
 use thinlun::store::engine::Cancel;
 use thinlun::store::mem::MemStore;
@@ -62,7 +62,7 @@ impl Bench {
             data_in: data_in.clone(),
         };
         let address = Addressed::Disk(Arc::clone(&self.lun));
-        let outcome = match self.target.execute(nexus, &address, request) {
+        let outcome = match execute(&self.target, nexus, &address, request) {
             Plan::Done(outcome) => outcome,
             Plan::Transfer(transfer, operation) => {
                 transfer.finish(operation.run(self.lun.store().as_ref()))

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::Outcome;
-use super::cmd::mode::Pages;
+use super::address::LunNumber;
+use super::mode_pages::Pages;
 use super::sense::{Key, ScsiError, Sense, asc};
-use super::target::LunNumber;
 use crate::store::{Durability, Store, StoreError};
 
 /// Most bytes that one command may transfer or verify (VPD B0 MAXIMUM TRANSFER LENGTH).

@@ -1,11 +1,14 @@
 //! The SCSI side: what each command means and what it answers. No virtio, no files, no errno.
 //!
-//! This is the upper of the two waists: the transport gives [`Target::execute`] a [`Request`] and
+//! This is the upper of the two waists: the transport gives [`execute`] a [`Request`] and
 //! gets a [`Plan`]: an answer, or work for an engine after which there will be one.
 
+pub mod address;
 pub mod attention;
 pub mod cmd;
+pub mod dispatch;
 pub mod lun;
+pub mod mode_pages;
 pub mod sense;
 pub mod target;
 pub mod wire;
@@ -15,10 +18,12 @@ use std::sync::Arc;
 use crate::store::engine::Job;
 use crate::store::{Buffers, Operation, StoreError};
 
+pub use address::LunNumber;
 pub use attention::{Nexus, UnitAttention};
+pub use dispatch::execute;
 pub use lun::{Lun, LunSettings};
 pub use sense::ScsiError;
-pub use target::{Addressed, LunNumber, Target};
+pub use target::{Addressed, Target};
 pub use wire::Cdb;
 
 /// One command as it arrived.

@@ -123,7 +123,7 @@ impl Sense {
             let [s0, s1, s2] = field.encode();
             descriptors.extend([0x02, 0x06, 0, 0, s0, s1, s2, 0]);
         }
-        let len = super::wire::len8(descriptors.len());
+        let len = u8::try_from(descriptors.len()).unwrap_or(u8::MAX);
         let mut sense = vec![0x72, self.key as u8, asc, ascq, 0, 0, 0, len];
         sense.append(&mut descriptors);
         sense

@@ -21,16 +21,16 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use virtio_queue::{Queue, QueueT};
 use zerocopy::IntoBytes;
 
-use super::events::{Event, EventQueue};
+use super::events::EventQueue;
 use super::memory::{GuestMemory, MAX_SLOTS, Regions};
+use super::message::{Event, Message, Peers};
 use super::requests::RequestQueue;
 use super::ring::{MAX_QUEUE_SIZE, Ring};
-use super::tmf::{ControlQueue, Peers};
+use super::tmf::ControlQueue;
 use super::wire::Config;
-use super::worker::{Message, Worker};
+use super::worker::Worker;
 use super::{Device, FIXED_QUEUES, refused};
-use crate::scsi::target::MAX_LUN;
-use crate::scsi::{Nexus, lun};
+use crate::scsi::{Nexus, address, lun};
 
 const CONTROL_QUEUE: usize = 0;
 const EVENT_QUEUE: usize = 1;
@@ -215,7 +215,7 @@ impl Connection {
             cdb_size: 32.into(),
             max_channel: 0.into(),
             max_target: 255.into(),
-            max_lun: u32::from(MAX_LUN).into(),
+            max_lun: u32::from(address::MAX_LUN).into(),
         }
     }
 }

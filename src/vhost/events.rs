@@ -5,32 +5,10 @@
 
 use zerocopy::IntoBytes;
 
+use super::message::{Event, Message};
 use super::ring::Ring;
-use super::wire::{EventBuffer, T_EVENTS_MISSED, T_NO_EVENT, T_PARAM_CHANGE};
-use super::worker::{Message, Service};
-use crate::scsi::{LunNumber, UnitAttention};
-
-/// Something that happened to a disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Event {
-    kind: u32,
-    lun: [u8; 8],
-    reason: u32,
-}
-
-impl Event {
-    /// The parameters of a disk changed; the reason is the unit attention's code (ASC in the low
-    /// byte, ASCQ above it).
-    pub(super) fn parameters_changed(target: u8, lun: LunNumber, attention: UnitAttention) -> Self {
-        let [high, low, ..] = lun.encode();
-        let [asc, ascq] = attention.asc().to_be_bytes();
-        Event {
-            kind: T_PARAM_CHANGE,
-            lun: [1, target, high, low, 0, 0, 0, 0],
-            reason: u32::from(asc) | u32::from(ascq) << 8,
-        }
-    }
-}
+use super::wire::{EventBuffer, T_EVENTS_MISSED, T_NO_EVENT};
+use super::worker::Service;
 
 /// Serves the event queue.
 pub(super) struct EventQueue {

@@ -8,6 +8,7 @@ mod connection;
 mod events;
 mod guest_buf;
 mod memory;
+mod message;
 mod requests;
 mod ring;
 mod tmf;
@@ -23,7 +24,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::scsi::{Lun, Target, UnitAttention};
 use connection::Connection;
-use tmf::Peers;
+use message::Peers;
 
 /// Queues before the first request queue.
 pub const FIXED_QUEUES: usize = 2;
@@ -94,7 +95,7 @@ impl Device {
         self.target.announce(disk, UnitAttention::CapacityChanged, None);
         if let Some(peers) = self.peers().as_ref() {
             let event =
-                events::Event::parameters_changed(target, lun, UnitAttention::CapacityChanged);
+                message::Event::parameters_changed(target, lun, UnitAttention::CapacityChanged);
             connection::send_event(peers, event);
         }
     }

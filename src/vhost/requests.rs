@@ -6,13 +6,11 @@ use nix::sys::eventfd::EventFd;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::guest_buf::Chain;
+use super::message::{Message, Sweep};
 use super::ring::Ring;
-use super::tmf::Sweep;
 use super::wire::{CommandHeader, CommandResponse, Response};
-use super::worker::{Message, Service};
-use crate::scsi::{
-    Addressed, Cdb, Lun, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer,
-};
+use super::worker::Service;
+use crate::scsi::{self, Cdb, Lun, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer};
 use crate::store::engine::threads::ThreadEngine;
 use crate::store::engine::{Completion, Engine, Finished, Token};
 use crate::store::{Buffers, Cause};
@@ -94,7 +92,7 @@ impl RequestQueue {
             DataPhase { len: data_in.len() + data_out.len(), to_driver: !data_in.is_empty() };
         let address = self.target.resolve(&header.lun);
         let request = Request { cdb: Cdb(header.cdb), data_out, data_in };
-        let plan = self.target.execute(&self.nexus, &address, request);
+        let plan = scsi::execute(&self.target, &self.nexus, &address, request);
         let (Plan::Transfer(Transfer { lun, .. }, _) | Plan::Job(lun, _)) = &plan else {
             if let Plan::Done(outcome) = plan {
                 respond(
@@ -250,12 +248,4 @@ fn respond(
     let header = room.write_at(0, response.as_bytes());
     let data = if data.to_driver { outcome.transferred } else { 0 };
     ring.push(head, header + data);
-}
-
-/// Which disk a header's LUN field names, if it names one.
-pub(super) fn disk_of(address: &Addressed) -> Option<&Arc<Lun>> {
-    match address {
-        Addressed::Disk(lun) => Some(lun),
-        Addressed::WellKnown(_) | Addressed::AbsentLun(..) | Addressed::AbsentTarget => None,
-    }
 }

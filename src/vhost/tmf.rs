@@ -8,18 +8,18 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::guest_buf::Chain;
-use super::requests::disk_of;
+use super::message::{Message, Peers, Sweep};
 use super::ring::Ring;
 use super::wire::{
     AsyncNotification, AsyncNotificationResponse, Response, T_AN_QUERY, T_AN_SUBSCRIBE, T_TMF,
     TaskManagement,
 };
-use super::worker::{Mailbox, Message, Service};
+use super::worker::Service;
 use crate::scsi::{Addressed, Lun, Nexus, Target, UnitAttention};
 use crate::store::Buffers;
 
@@ -67,45 +67,6 @@ impl Function {
     /// Whether it is about one command, named by its tag.
     fn is_about_one_task(self) -> bool {
         matches!(self, Function::AbortTask | Function::QueryTask)
-    }
-}
-
-/// The mailboxes of the queue threads of one connection, by queue index.
-pub(super) type Peers = Arc<Mutex<HashMap<usize, Mailbox>>>;
-
-/// A search through the commands in flight on all request queues.
-#[derive(Debug)]
-pub(super) struct Sweep {
-    id: u64,
-    disks: Vec<usize>,
-    tag: Option<u64>,
-    ends_with: Option<Response>,
-    any: AtomicBool,
-    found: Arc<AtomicBool>,
-    report_to: Mailbox,
-}
-
-impl Sweep {
-    /// Whether it is about this command.
-    pub(super) fn selects(&self, lun: &Lun, tag: u64) -> bool {
-        self.disks.contains(&lun.index()) && self.tag.is_none_or(|t| t == tag)
-    }
-
-    /// Notes that there is such a command.
-    pub(super) fn found(&self) {
-        self.any.store(true, Ordering::Release);
-    }
-
-    /// How to end what it finds, if at all.
-    pub(super) fn ends_with(&self) -> Option<Response> {
-        self.ends_with
-    }
-}
-
-impl Drop for Sweep {
-    fn drop(&mut self) {
-        self.found.store(self.any.load(Ordering::Acquire), Ordering::Release);
-        self.report_to.send(Message::Swept(self.id));
     }
 }
 
@@ -202,7 +163,7 @@ impl ControlQueue {
                 }
             };
         }
-        match (disk_of(&address), &address) {
+        match (address.disk(), &address) {
             (Some(disk), _) => Ok(vec![Arc::clone(disk)]),
             (None, Addressed::AbsentTarget) => Err(Response::BadTarget),
             (None, _) => Err(Response::IncorrectLun),
@@ -216,15 +177,10 @@ impl ControlQueue {
         let Some(report_to) = peers.get(&self.index).cloned() else {
             return answer(ring, pending.head, &pending.room, Response::Failure);
         };
-        let sweep = Arc::new(Sweep {
-            id,
-            disks: pending.disks.iter().map(|d| d.index()).collect(),
-            tag,
-            ends_with: pending.function.ends_with(),
-            any: AtomicBool::new(false),
-            found: Arc::clone(&pending.found),
-            report_to,
-        });
+        let disks = pending.disks.iter().map(|d| d.index()).collect();
+        let found = Arc::clone(&pending.found);
+        let ends_with = pending.function.ends_with();
+        let sweep = Arc::new(Sweep::new(id, disks, tag, ends_with, found, report_to));
         for (_, mailbox) in peers.iter().filter(|(index, _)| is_request_queue(**index)) {
             mailbox.send(Message::Sweep(Arc::clone(&sweep)));
         }

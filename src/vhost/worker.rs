@@ -5,67 +5,15 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::events::Event;
-use super::memory::GuestMemory;
+use super::message::{Mailbox, Message};
 use super::ring::Ring;
-use super::tmf::Sweep;
-
-/// What others want of a queue thread.
-pub(super) enum Message {
-    /// Use this memory from now on; answered when it does.
-    SetMemory(Arc<GuestMemory>, Sender<()>),
-    /// Tell the driver by this from now on; answered when it does.
-    SetCall(Option<File>, Sender<()>),
-    /// Find, and maybe end, commands in flight (request queues).
-    Sweep(Arc<Sweep>),
-    /// A sweep is over (control queue).
-    Swept(u64),
-    /// Something for the driver to know (event queue).
-    Event(Event),
-    /// Finish what is in flight and end.
-    Stop,
-}
-
-/// Where to send a queue thread messages.
-#[derive(Clone, Debug)]
-pub(super) struct Mailbox {
-    sender: Sender<Message>,
-    wake: Arc<EventFd>,
-}
-
-impl Mailbox {
-    /// Sends a message; it is lost if the thread has ended.
-    pub(super) fn send(&self, message: Message) {
-        if self.sender.send(message).is_ok() {
-            // It fails only if the counter is full, and then the thread is awake.
-            let _ = self.wake.write(1);
-        }
-    }
-
-    /// Sends a message that is answered, and waits for the answer or the thread's end.
-    fn call(&self, message: impl FnOnce(Sender<()>) -> Message) {
-        let (done, answered) = mpsc::channel();
-        self.send(message(done));
-        let _ = answered.recv();
-    }
-
-    /// Has the thread use other memory.
-    pub(super) fn set_memory(&self, memory: &Arc<GuestMemory>) {
-        self.call(|done| Message::SetMemory(Arc::clone(memory), done));
-    }
-
-    /// Has the thread use another call event.
-    pub(super) fn set_call(&self, call: Option<File>) {
-        self.call(|done| Message::SetCall(call, done));
-    }
-}
 
 /// What a queue is for. All methods are called on the queue's own thread and must not block.
 pub(super) trait Service {
@@ -106,7 +54,7 @@ impl Worker {
         let (sender, inbox) = mpsc::channel();
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         let wake = Arc::new(EventFd::from_flags(flags)?);
-        let mailbox = Mailbox { sender, wake: Arc::clone(&wake) };
+        let mailbox = Mailbox::new(sender, Arc::clone(&wake));
         let service = make(Arc::clone(&wake));
         let state = State { ring, service, kick: Some(kick), wake, inbox };
         let thread = thread::Builder::new().name(name).spawn(move || state.run())?;

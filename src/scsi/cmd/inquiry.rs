@@ -2,12 +2,11 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Context, Reply, vpd, wire};
+use super::vpd::{self, VENDOR};
+use super::{Context, Reply, wire};
 use crate::scsi::sense::ScsiError;
 use crate::scsi::wire::{Cdb, U16, ascii_field, bytes_of};
 
-/// T10 VENDOR IDENTIFICATION.
-pub(super) const VENDOR: &str = "THINLUN";
 /// PRODUCT IDENTIFICATION.
 const PRODUCT: &str = "THIN DISK";
 

@@ -5,7 +5,7 @@ mod capacity;
 mod flush;
 mod inquiry;
 mod log;
-pub mod mode;
+mod mode;
 mod power;
 mod report;
 mod rw;
@@ -17,8 +17,8 @@ use std::sync::Arc;
 
 use super::attention::Nexus;
 use super::lun::Lun;
-use super::sense::ScsiError;
-use super::target::{LUN_NOT_SUPPORTED, Missing, Target};
+use super::sense::{ScsiError, asc};
+use super::target::Target;
 use super::wire::Cdb;
 use super::{Request, wire};
 use crate::store::Operation;
@@ -157,6 +157,22 @@ pub fn find(cdb: &Cdb) -> Result<&'static Command, ScsiError> {
     }
     same_opcode.find(|c| c.matches(cdb)).ok_or(ScsiError::cdb_field(1, 4))
 }
+
+/// Why there is no disk behind an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missing {
+    /// It is the REPORT LUNS well-known logical unit.
+    WellKnown,
+    /// It is a number without a logical unit; number 0 answers REPORT LUNS all the same
+    /// (SPC-5 6.34: an initiator has to begin somewhere).
+    Lun {
+        /// Whether it is number 0.
+        lun_zero: bool,
+    },
+}
+
+/// 05/25/00.
+const LUN_NOT_SUPPORTED: ScsiError = ScsiError::illegal(asc::LOGICAL_UNIT_NOT_SUPPORTED);
 
 /// What a logical unit answers that is no disk: data and allocation length.
 pub(super) fn without_disk(

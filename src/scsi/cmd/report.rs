@@ -5,8 +5,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{Command, Context, Reply, ServiceAction, TABLE, wire};
 use crate::scsi::UnitAttention;
+use crate::scsi::address::REPORT_LUNS_WLUN;
 use crate::scsi::sense::ScsiError;
-use crate::scsi::target::{REPORT_LUNS_WLUN, Target};
+use crate::scsi::target::Target;
 use crate::scsi::wire::{Cdb, U16, U32, bytes_of, len16, len32};
 
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]

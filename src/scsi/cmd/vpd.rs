@@ -3,10 +3,12 @@
 
 use zerocopy::{Immutable, IntoBytes, Unaligned};
 
-use super::inquiry::VENDOR;
 use crate::scsi::lun::Lun;
 use crate::scsi::sense::ScsiError;
 use crate::scsi::wire::{U16, U32, U64, ascii_field, bytes_of, len8, len16};
+
+/// T10 VENDOR IDENTIFICATION, here and in the standard inquiry data.
+pub(super) const VENDOR: &str = "THINLUN";
 
 /// A page: its code and what makes its contents after the header.
 type Page = (u8, fn(&Lun) -> Vec<u8>);

@@ -1,0 +1,96 @@
+//! The way of a command through the checks that every command passes, to its handler and back.
+
+use std::sync::Arc;
+
+use super::attention::Nexus;
+use super::cmd::{self, Access, Command, Context, Missing, Reply};
+use super::lun::Lun;
+use super::sense::ScsiError;
+use super::target::{Addressed, Target};
+use super::{Delivery, Outcome, Plan, Request, Transfer};
+use crate::store::Buffers;
+use crate::store::engine::Cancel;
+
+/// Takes a command through all checks to its handler.
+pub fn execute(target: &Target, nexus: &Arc<Nexus>, address: &Addressed, request: Request) -> Plan {
+    match address {
+        Addressed::Disk(lun) => on_disk(target, nexus, lun, request),
+        Addressed::WellKnown(number) => {
+            Plan::Done(without_disk(target, *number, &request, Missing::WellKnown))
+        }
+        Addressed::AbsentLun(number, lun) => {
+            let lun_zero = lun.is_some_and(|n| n.get() == 0);
+            Plan::Done(without_disk(target, *number, &request, Missing::Lun { lun_zero }))
+        }
+        Addressed::AbsentTarget => Plan::Done(Outcome::undelivered(Delivery::BadTarget)),
+    }
+}
+
+fn on_disk(target: &Target, nexus: &Arc<Nexus>, lun: &Arc<Lun>, request: Request) -> Plan {
+    let data_in = request.data_in.clone();
+    let reply = check(nexus, lun, &request).and_then(|command| {
+        let context = Context { target, nexus, lun, request };
+        Ok((command, (command.handler)(context)?))
+    });
+    let (command, reply) = match reply {
+        Ok(done) => done,
+        Err(error) => return Plan::Done(lun.failed(error)),
+    };
+    match reply {
+        Reply::Good => Plan::Done(Outcome::good(0)),
+        Reply::Consumed(bytes) => Plan::Done(Outcome::good(bytes)),
+        Reply::Data { bytes, allocation } => Plan::Done(
+            deliver(&data_in, &bytes, allocation).unwrap_or_else(|error| lun.failed(error)),
+        ),
+        Reply::Transfer(operation, bytes) => {
+            let writing = command.access == Access::Write;
+            Plan::Transfer(Transfer { lun: Arc::clone(lun), bytes, writing }, operation)
+        }
+        Reply::Job(job) => {
+            let on = Arc::clone(lun);
+            Plan::Job(
+                Arc::clone(lun),
+                Box::new(move |cancel: &Cancel| match job(cancel) {
+                    Ok(transferred) => Outcome::good(transferred),
+                    Err(error) => on.failed(error),
+                }),
+            )
+        }
+    }
+}
+
+/// A command to a logical unit that is no disk: the well-known one, or none at all.
+fn without_disk(target: &Target, number: u8, request: &Request, missing: Missing) -> Outcome {
+    cmd::without_disk(target, number, request, missing)
+        .and_then(|(bytes, allocation)| deliver(&request.data_in, &bytes, allocation))
+        .unwrap_or_else(|error| Outcome::failed(error, false))
+}
+
+/// What every command is checked for before its handler sees it, in the order of SAM-6 5.3.3 and
+/// SPC-5: known operation, unit attention, reserved bits, readiness, write protection.
+fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command, ScsiError> {
+    let command = cmd::find(&request.cdb);
+    let exempt = command.as_ref().is_ok_and(|c| c.exempt_from_attention);
+    if !exempt && let Some(attention) = nexus.attentions(lun.index()).take() {
+        return Err(ScsiError::Check(attention.sense()));
+    }
+    let command = command?;
+    command.check_reserved_bits(&request.cdb)?;
+    if command.access != Access::None {
+        lun.check_ready()?;
+    }
+    if command.access == Access::Write {
+        lun.check_writable()?;
+    }
+    Ok(command)
+}
+
+/// Gives data-in bytes to the initiator, cut off at the allocation length (SPC-5 4.2.5.6). There must
+/// be room for all that the allocation length allows (VIRTIO 1.3 5.6.6.1.1, OVERRUN).
+fn deliver(data_in: &Buffers, bytes: &[u8], allocation: usize) -> Result<Outcome, ScsiError> {
+    if allocation > data_in.len() {
+        return Err(ScsiError::Overrun);
+    }
+    let bytes = bytes.get(..allocation).unwrap_or(bytes);
+    Ok(Outcome::good(data_in.write_at(0, bytes)))
+}

@@ -1,0 +1,252 @@
+//! Mode pages (SPC-5 7.5, SBC-4 6.5): what they say and what they switch.
+//!
+//! A page is bytes with a mask that says which bits an initiator may change. What those bits switch
+//! is read from the bytes, so that what MODE SENSE shows is what is in force.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::sense::{ScsiError, asc};
+use super::wire::{len8, len16};
+
+/// All pages, or all subpages.
+const ALL_PAGES: u8 = 0x3f;
+const ALL_SUBPAGES: u8 = 0xff;
+
+/// A mode page: header and parameters as on the wire.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Page {
+    code: u8,
+    subpage: u8,
+    current: Vec<u8>,
+    default: Vec<u8>,
+    /// Bits that MODE SELECT may change.
+    changeable: Vec<u8>,
+}
+
+/// Page and byte of a switch, and its bit.
+struct Switch(u8, usize, u8);
+
+const WCE: Switch = Switch(CACHING, 2, 0x04);
+const D_SENSE: Switch = Switch(CONTROL, 2, 0x04);
+const SWP: Switch = Switch(CONTROL, 4, 0x08);
+
+const READ_WRITE_ERROR_RECOVERY: u8 = 0x01;
+const DISCONNECT_RECONNECT: u8 = 0x02;
+const CACHING: u8 = 0x08;
+const CONTROL: u8 = 0x0a;
+const INFORMATIONAL_EXCEPTIONS: u8 = 0x1c;
+
+impl Page {
+    /// A page of `len` bytes in all, with these bytes not zero.
+    fn new(code: u8, subpage: u8, len: usize, set: &[(usize, u8)], switches: &[Switch]) -> Self {
+        let mut default = if subpage == 0 {
+            vec![code, len8(len.saturating_sub(2))]
+        } else {
+            let [high, low] = len16(len.saturating_sub(4)).to_bytes();
+            vec![code | 0x40, subpage, high, low]
+        };
+        let header = default.len();
+        default.resize(len, 0);
+        let mut changeable = default.clone();
+        changeable.iter_mut().skip(header).for_each(|byte| *byte = 0);
+        for (byte, value) in set {
+            put(&mut default, *byte, *value);
+        }
+        for Switch(_, byte, bit) in switches {
+            let already = changeable.get(*byte).copied().unwrap_or(0);
+            put(&mut changeable, *byte, already | bit);
+        }
+        Page { code, subpage, current: default.clone(), default, changeable }
+    }
+}
+
+fn put(bytes: &mut [u8], at: usize, value: u8) {
+    if let Some(byte) = bytes.get_mut(at) {
+        *byte = value;
+    }
+}
+
+/// The mode pages of one disk and the switches in them.
+#[derive(Debug)]
+pub struct Pages {
+    pages: Mutex<Vec<Page>>,
+    // What every command looks at, kept beside the pages so that it costs no lock.
+    write_cache: AtomicBool,
+    descriptor_sense: AtomicBool,
+    software_write_protect: AtomicBool,
+}
+
+impl Pages {
+    /// The pages as they are after power on.
+    pub fn new(write_cache: bool) -> Self {
+        let wce = if write_cache { 0x04 } else { 0 };
+        let pages = vec![
+            Page::new(READ_WRITE_ERROR_RECOVERY, 0, 12, &[], &[]),
+            Page::new(DISCONNECT_RECONNECT, 0, 16, &[], &[]),
+            Page::new(CACHING, 0, 20, &[(2, wce)], &[WCE]),
+            // GLTSD: nothing of the log pages is saved. Unrestricted reordering. BUSY TIMEOUT
+            // PERIOD without limit.
+            Page::new(
+                CONTROL,
+                0,
+                12,
+                &[(2, 0x02), (3, 0x10), (8, 0xff), (9, 0xff)],
+                &[D_SENSE, SWP],
+            ),
+            Page::new(CONTROL, 1, 32, &[], &[]),
+            // DEXCPT: there are no informational exceptions to report.
+            Page::new(INFORMATIONAL_EXCEPTIONS, 0, 12, &[(2, 0x08)], &[]),
+        ];
+        let all = Pages {
+            pages: Mutex::new(pages),
+            write_cache: AtomicBool::new(write_cache),
+            descriptor_sense: AtomicBool::new(false),
+            software_write_protect: AtomicBool::new(false),
+        };
+        all.apply(&all.lock());
+        all
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Page>> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts what the pages say into force.
+    fn apply(&self, pages: &[Page]) {
+        let is_set = |Switch(code, byte, bit): Switch| {
+            let page = pages.iter().find(|p| (p.code, p.subpage) == (code, 0));
+            page.and_then(|p| p.current.get(byte)).is_some_and(|b| b & bit != 0)
+        };
+        self.write_cache.store(is_set(WCE), Ordering::Release);
+        self.descriptor_sense.store(is_set(D_SENSE), Ordering::Release);
+        self.software_write_protect.store(is_set(SWP), Ordering::Release);
+    }
+
+    /// WCE: writes may be answered before they are stable.
+    pub fn write_cache(&self) -> bool {
+        self.write_cache.load(Ordering::Acquire)
+    }
+
+    /// D_SENSE: sense data in descriptor format.
+    pub fn descriptor_sense(&self) -> bool {
+        self.descriptor_sense.load(Ordering::Acquire)
+    }
+
+    /// SWP: the initiator has write-protected the disk.
+    pub fn software_write_protect(&self) -> bool {
+        self.software_write_protect.load(Ordering::Acquire)
+    }
+
+    /// Back to the defaults.
+    pub fn reset(&self) {
+        let mut pages = self.lock();
+        pages.iter_mut().for_each(|p| p.current.clone_from(&p.default));
+        self.apply(&pages);
+    }
+
+    /// The pages that a MODE SENSE asks for, one after another.
+    pub(super) fn sense(
+        &self,
+        page: u8,
+        subpage: u8,
+        control: PageControl,
+    ) -> Result<Vec<u8>, ScsiError> {
+        let wanted = |p: &&Page| {
+            (page == ALL_PAGES || p.code == page)
+                && (subpage == ALL_SUBPAGES || p.subpage == subpage)
+        };
+        if page == ALL_PAGES && subpage != 0 && subpage != ALL_SUBPAGES {
+            return Err(ScsiError::cdb_field(3, 7));
+        }
+        let pages = self.lock();
+        let bytes: Vec<u8> = pages
+            .iter()
+            .filter(wanted)
+            .flat_map(|p| match control {
+                PageControl::Current => p.current.clone(),
+                PageControl::Changeable => p.changeable.clone(),
+                PageControl::Default => p.default.clone(),
+            })
+            .collect();
+        if bytes.is_empty() {
+            let known = pages.iter().any(|p| p.code == page);
+            return Err(ScsiError::cdb_field(if known { 3 } else { 2 }, if known { 7 } else { 5 }));
+        }
+        Ok(bytes)
+    }
+
+    /// Checks the pages of a MODE SELECT, at byte `at` of its parameter list, all of them before any
+    /// takes effect; says whether anything changed.
+    pub(super) fn select(&self, list: &[u8], at: usize) -> Result<bool, ScsiError> {
+        let mut pages = self.lock();
+        let mut new = pages.clone();
+        let mut at = at;
+        while at < list.len() {
+            at = select_one(&mut new, list, at)?;
+        }
+        let changed = *pages != new;
+        *pages = new;
+        self.apply(&pages);
+        Ok(changed)
+    }
+}
+
+/// Takes over the page at byte `at` of the list; returns where the next one begins.
+fn select_one(pages: &mut [Page], list: &[u8], at: usize) -> Result<usize, ScsiError> {
+    let byte = |n: usize| list.get(at + n).copied().ok_or(ScsiError::PARAMETER_LIST_LENGTH);
+    let wrong = |n: usize, bit: Option<u8>| {
+        ScsiError::parameter_field(u16::try_from(at + n).unwrap_or(u16::MAX), bit)
+    };
+    let first = byte(0)?;
+    let (subpage, header, len) = if first & 0x40 == 0 {
+        (0, 2, usize::from(byte(1)?) + 2)
+    } else {
+        let len = u16::from_be_bytes([byte(2)?, byte(3)?]);
+        (byte(1)?, 4, usize::from(len) + 4)
+    };
+    let page = pages
+        .iter_mut()
+        .find(|p| (p.code, p.subpage) == (first & 0x3f, subpage))
+        .ok_or(wrong(0, Some(5)))?;
+    if len != page.current.len() {
+        return Err(wrong(header - 1, None));
+    }
+    let new = list.get(at..at + len).ok_or(ScsiError::PARAMETER_LIST_LENGTH)?;
+    // PS, the top bit of the first byte, is reserved in MODE SELECT and ignored: initiators send
+    // back what MODE SENSE gave them.
+    for (n, ((new, old), mask)) in
+        new.iter().zip(&page.current).zip(&page.changeable).enumerate().skip(header)
+    {
+        if let Some(bit) = ((new ^ old) & !mask).checked_ilog2() {
+            return Err(wrong(n, u8::try_from(bit).ok()));
+        }
+    }
+    for (to, from) in page.current.iter_mut().zip(new).skip(header) {
+        *to = *from;
+    }
+    Ok(at + len)
+}
+
+/// Which values a MODE SENSE asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PageControl {
+    /// In force now.
+    Current,
+    /// A mask of the bits that can be changed.
+    Changeable,
+    /// As after power on.
+    Default,
+}
+
+impl PageControl {
+    /// Saved values (11b) are not supported (SPC-5 6.14.1).
+    pub(super) fn parse(bits: u8) -> Result<Self, ScsiError> {
+        match bits >> 6 {
+            0 => Ok(PageControl::Current),
+            1 => Ok(PageControl::Changeable),
+            2 => Ok(PageControl::Default),
+            _ => Err(ScsiError::illegal(asc::SAVING_PARAMETERS_NOT_SUPPORTED)),
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! What queue threads and connections tell each other.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex};
+
+use nix::sys::eventfd::EventFd;
+
+use super::memory::GuestMemory;
+use super::wire::{Response, T_PARAM_CHANGE};
+use crate::scsi::{Lun, LunNumber, UnitAttention};
+
+/// What others want of a queue thread.
+pub(super) enum Message {
+    /// Use this memory from now on; answered when it does.
+    SetMemory(Arc<GuestMemory>, Sender<()>),
+    /// Tell the driver by this from now on; answered when it does.
+    SetCall(Option<File>, Sender<()>),
+    /// Find, and maybe end, commands in flight (request queues).
+    Sweep(Arc<Sweep>),
+    /// A sweep is over (control queue).
+    Swept(u64),
+    /// Something for the driver to know (event queue).
+    Event(Event),
+    /// Finish what is in flight and end.
+    Stop,
+}
+
+/// Where to send a queue thread messages.
+#[derive(Clone, Debug)]
+pub(super) struct Mailbox {
+    sender: Sender<Message>,
+    wake: Arc<EventFd>,
+}
+
+impl Mailbox {
+    /// The mailbox of the thread that receives from `sender`'s other end and waits for `wake`.
+    pub(super) fn new(sender: Sender<Message>, wake: Arc<EventFd>) -> Self {
+        Mailbox { sender, wake }
+    }
+
+    /// Sends a message; it is lost if the thread has ended.
+    pub(super) fn send(&self, message: Message) {
+        if self.sender.send(message).is_ok() {
+            // It fails only if the counter is full, and then the thread is awake.
+            let _ = self.wake.write(1);
+        }
+    }
+
+    /// Sends a message that is answered, and waits for the answer or the thread's end.
+    fn call(&self, message: impl FnOnce(Sender<()>) -> Message) {
+        let (done, answered) = mpsc::channel();
+        self.send(message(done));
+        let _ = answered.recv();
+    }
+
+    /// Has the thread use other memory.
+    pub(super) fn set_memory(&self, memory: &Arc<GuestMemory>) {
+        self.call(|done| Message::SetMemory(Arc::clone(memory), done));
+    }
+
+    /// Has the thread use another call event.
+    pub(super) fn set_call(&self, call: Option<File>) {
+        self.call(|done| Message::SetCall(call, done));
+    }
+}
+
+/// The mailboxes of the queue threads of one connection, by queue index.
+pub(super) type Peers = Arc<Mutex<HashMap<usize, Mailbox>>>;
+
+/// A search through the commands in flight on all request queues.
+#[derive(Debug)]
+pub(super) struct Sweep {
+    id: u64,
+    disks: Vec<usize>,
+    tag: Option<u64>,
+    ends_with: Option<Response>,
+    any: AtomicBool,
+    found: Arc<AtomicBool>,
+    report_to: Mailbox,
+}
+
+impl Sweep {
+    /// A sweep for commands to `disks` (and, if given, with this tag), which reports its end as
+    /// number `id` and says in `found` whether there were any.
+    pub(super) fn new(
+        id: u64,
+        disks: Vec<usize>,
+        tag: Option<u64>,
+        ends_with: Option<Response>,
+        found: Arc<AtomicBool>,
+        report_to: Mailbox,
+    ) -> Self {
+        Sweep { id, disks, tag, ends_with, any: AtomicBool::new(false), found, report_to }
+    }
+
+    /// Whether it is about this command.
+    pub(super) fn selects(&self, lun: &Lun, tag: u64) -> bool {
+        self.disks.contains(&lun.index()) && self.tag.is_none_or(|t| t == tag)
+    }
+
+    /// Notes that there is such a command.
+    pub(super) fn found(&self) {
+        self.any.store(true, Ordering::Release);
+    }
+
+    /// How to end what it finds, if at all.
+    pub(super) fn ends_with(&self) -> Option<Response> {
+        self.ends_with
+    }
+}
+
+impl Drop for Sweep {
+    fn drop(&mut self) {
+        self.found.store(self.any.load(Ordering::Acquire), Ordering::Release);
+        self.report_to.send(Message::Swept(self.id));
+    }
+}
+
+/// Something that happened to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Event {
+    /// VIRTIO_SCSI_T_*.
+    pub kind: u32,
+    /// The disk, as in a command's header.
+    pub lun: [u8; 8],
+    /// What exactly, as the kind defines.
+    pub reason: u32,
+}
+
+impl Event {
+    /// The parameters of a disk changed; the reason is the unit attention's code (ASC in the low
+    /// byte, ASCQ above it).
+    pub(super) fn parameters_changed(target: u8, lun: LunNumber, attention: UnitAttention) -> Self {
+        let [high, low, ..] = lun.encode();
+        let [asc, ascq] = attention.asc().to_be_bytes();
+        Event {
+            kind: T_PARAM_CHANGE,
+            lun: [1, target, high, low, 0, 0, 0, 0],
+            reason: u32::from(asc) | u32::from(ascq) << 8,
+        }
+    }
+}
