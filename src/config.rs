@@ -236,6 +236,9 @@ pub fn open_disks(disks: &[DiskConfig]) -> Result<Vec<Arc<Lun>>, StartError> {
     }
     for (index, disk) in disks.iter().enumerate() {
         if let (Some(size), false) = (disk.size, open.iter().any(|(i, _)| *i == index)) {
+            if disk.read_only {
+                return Err(disk.host_error("no such file, and a readonly disk is not created"));
+            }
             created.create(disk, size)?;
             open.push((index, open_existing(disk)?));
         }

@@ -16,6 +16,9 @@ const DISK: u64 = 4 * MIB;
 /// A read or write CDB for an address and a number of blocks.
 type Transfer = fn(u64, u32) -> Cdb;
 
+/// The same with a BYTCHK value before them.
+type Verify = fn(u8, u64, u32) -> Cdb;
+
 const READS: [(&str, Transfer); 4] = [
     ("READ (6)", |lba, count| cdb::read6(lba as u32, count as u8)),
     ("READ (10)", |lba, count| cdb::read10(lba as u32, count as u16)),
@@ -30,13 +33,13 @@ const WRITES: [(&str, Transfer); 4] = [
     ("WRITE (16)", cdb::write16),
 ];
 
-const VERIFIES: [(&str, fn(u8, u64, u32) -> Cdb); 3] = [
+const VERIFIES: [(&str, Verify); 3] = [
     ("VERIFY (10)", |check, lba, count| cdb::verify10(check, lba as u32, count as u16)),
     ("VERIFY (12)", |check, lba, count| cdb::verify12(check, lba as u32, count)),
     ("VERIFY (16)", cdb::verify16),
 ];
 
-const WRITE_AND_VERIFIES: [(&str, fn(u8, u64, u32) -> Cdb); 3] = [
+const WRITE_AND_VERIFIES: [(&str, Verify); 3] = [
     ("WRITE AND VERIFY (10)", |c, lba, n| cdb::write_and_verify10(c, lba as u32, n as u16)),
     ("WRITE AND VERIFY (12)", |c, lba, n| cdb::write_and_verify12(c, lba as u32, n)),
     ("WRITE AND VERIFY (16)", cdb::write_and_verify16),

@@ -174,7 +174,8 @@ fn commands_without_data_leave_all_of_it() {
 #[test]
 fn a_short_allocation_length_truncates() {
     with_lun(|_, lun| {
-        let commands: [(&str, fn(u16) -> Cdb); 5] = [
+        type WithLength = fn(u16) -> Cdb;
+        let commands: [(&str, WithLength); 5] = [
             ("INQUIRY", cdb::inquiry),
             ("VPD 83h", |len| cdb::inquiry_vpd(0x83, len)),
             ("READ CAPACITY (16)", |len| cdb::read_capacity16(len.into())),

@@ -2,13 +2,16 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
+use super::extents::{self, Knowledge};
 use super::lock::{LockError, lock_image};
-use super::{Buffers, Capabilities, Cause, Durability, Pool, Store, StoreError, sys};
+use super::space::{DEALLOCATE, Ladder, RESERVE};
+use super::{Buffers, Capabilities, Cause, Durability, Extent, Pool, Store, StoreError, sys};
 
 /// Threads that may block in one file at the same time.
 const POOL_THREADS: usize = 16;
@@ -32,6 +35,10 @@ pub struct FileStore {
     capabilities: Capabilities,
     /// Alignment that O_DIRECT asks of memory, in bytes; 1 without it.
     memory_align: usize,
+    /// How much it tells about its extents.
+    knowledge: Knowledge,
+    deallocate: Ladder,
+    reserve: Ladder,
     pool: Pool,
 }
 
@@ -93,12 +100,39 @@ impl FileStore {
         let (memory_align, transfer_align) =
             if options.direct { direct_alignment(&file, options.block_size)? } else { (1, 1) };
         let host_block = host_block(&file, block_device).map_err(|e| plain(&e))?;
-        let capabilities =
-            Capabilities { read_only: options.read_only, host_block, transfer_align };
+        let knowledge = Knowledge::probe(&file);
+        let (deallocate, reserve) = (Ladder::new(DEALLOCATE), Ladder::new(RESERVE));
+        if !options.read_only && !block_device {
+            probe_space(&file, host_block, &deallocate, &reserve).map_err(|e| plain(&e))?;
+        }
+        let capabilities = Capabilities {
+            read_only: options.read_only,
+            host_block,
+            deallocates: !block_device && deallocate.is_best(),
+            reserves: !block_device && knowledge.fiemap && !reserve.is_last_resort(),
+            transfer_align,
+        };
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
         let pool = Pool::new(&name.chars().take(15).collect::<String>(), POOL_THREADS);
-        let store = FileStore { file, block_device, capabilities, memory_align, pool };
+        let store = FileStore {
+            file,
+            block_device,
+            capabilities,
+            memory_align,
+            knowledge,
+            deallocate,
+            reserve,
+            pool,
+        };
         store.check_size(options.block_size)?;
+        log::info!(
+            "{}: extents={} unmap={} zero={}{}",
+            path.display(),
+            store.knowledge,
+            store.deallocate.name(),
+            store.reserve.name(),
+            if options.direct { " direct" } else { "" }
+        );
         Ok(store)
     }
 
@@ -226,9 +260,37 @@ impl Store for FileStore {
         Ok(())
     }
 
+    fn extents(&self, range: Range<u64>, limit: usize) -> Result<Vec<Extent>, StoreError> {
+        Ok(extents::walk(&self.file, self.knowledge, range, limit))
+    }
+
+    fn deallocate(&self, range: Range<u64>) -> Result<(), StoreError> {
+        self.deallocate.run(&self.file, &range)
+    }
+
+    fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
+        self.reserve.run(&self.file, &range)
+    }
+
     fn pool(&self) -> &Pool {
         &self.pool
     }
+}
+
+/// Tries the space operations on a block behind the end of the file, where they change nothing that
+/// anybody sees, so that the ladders start on the rung that this file has.
+fn probe_space(
+    file: &File,
+    host_block: u32,
+    deallocate: &Ladder,
+    reserve: &Ladder,
+) -> io::Result<()> {
+    let end = file.metadata()?.len().next_multiple_of(host_block.into());
+    let behind = end..end + u64::from(host_block);
+    deallocate.probe(file, &behind);
+    reserve.probe(file, &behind);
+    deallocate.probe(file, &behind);
+    Ok(())
 }
 
 /// Whether `path` is a block device; an error unless it is that or a regular file.

@@ -6,18 +6,23 @@
 
 pub mod buffers;
 pub mod engine;
+pub mod extents;
+mod fiemap;
 pub mod file;
 pub mod lock;
 pub mod mem;
 pub mod pool;
+mod space;
 mod sys;
 
 pub use buffers::Buffers;
 pub use engine::{Completion, Engine, Operation, Token};
+pub use extents::{Extent, Kind};
 pub use pool::Pool;
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 
 /// Where the bytes of one disk are kept.
 ///
@@ -48,6 +53,19 @@ pub trait Store: Send + Sync {
     /// Asks the host to read a range ahead. Best effort, and cheap.
     fn prefetch(&self, offset: u64, len: u64) -> Result<(), StoreError>;
 
+    /// What the bytes from `range.start` on are: extents that touch each other, at most `limit` of
+    /// them. The list may end before the range does (there are more extents, or finding them would
+    /// take too long), but is empty only if the range is. Bytes written before the call are never
+    /// called anything but data, flushed or not.
+    fn extents(&self, range: Range<u64>, limit: usize) -> Result<Vec<Extent>, StoreError>;
+
+    /// Makes a range read as zeroes and gives its space back, as far as the host can: a part of a
+    /// host block keeps its space.
+    fn deallocate(&self, range: Range<u64>) -> Result<(), StoreError>;
+
+    /// Makes a range read as zeroes and keeps, or takes, space for it.
+    fn reserve(&self, range: Range<u64>) -> Result<(), StoreError>;
+
     /// The threads that run this store's blocking work; its own, so that a host file system that
     /// hangs stops nothing but the disks on it.
     fn pool(&self) -> &Pool;
@@ -69,6 +87,10 @@ pub struct Capabilities {
     pub read_only: bool,
     /// Smallest unit in which the host keeps data (file system block); a power of two.
     pub host_block: u32,
+    /// [`Store::deallocate`] gives space back.
+    pub deallocates: bool,
+    /// [`Store::reserve`] is cheap, and [`Store::extents`] tells what it has reserved.
+    pub reserves: bool,
     /// Offsets and lengths of transfers must be multiples of this (1 without O_DIRECT).
     pub transfer_align: u32,
 }

@@ -5,6 +5,7 @@
 //! to it by messages. Queues 0 and 1 are the control and the event queue, the rest take commands.
 
 mod connection;
+mod early;
 mod events;
 mod guest_buf;
 mod memory;
@@ -58,18 +59,13 @@ impl Device {
         let connection = Connection::new(Arc::clone(self));
         *self.peers() = Some(connection.peers());
         let connection = Arc::new(Mutex::new(connection));
-        let closing = stream.try_clone();
-        let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&connection));
-        let end = loop {
-            if let Err(end) = handler.handle_request() {
-                break end;
-            }
+        let queues = FIXED_QUEUES + self.offer.request_queues;
+        let end = match stream.try_clone() {
+            Ok(copy) => handle_messages(queues, &copy, stream, &connection),
+            Err(error) => refused(error),
         };
         *self.peers() = None;
         connection.lock().unwrap_or_else(PoisonError::into_inner).stop_all();
-        if let Ok(stream) = closing {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
         match end {
             Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage => {
                 log::info!("front end is gone");
@@ -103,6 +99,29 @@ impl Device {
     fn peers(&self) -> std::sync::MutexGuard<'_, Option<Peers>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Handles one message after another until there is an end to it.
+fn handle_messages(
+    queues: usize,
+    peek: &UnixStream,
+    stream: UnixStream,
+    connection: &Arc<Mutex<Connection>>,
+) -> Error {
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(connection));
+    let end = loop {
+        match early::answer_queue_num(peek, queues) {
+            Ok(true) => {}
+            Ok(false) => {
+                if let Err(end) = handler.handle_request() {
+                    break end;
+                }
+            }
+            Err(error) => break Error::SocketBroken(error),
+        }
+    };
+    let _ = peek.shutdown(Shutdown::Both);
+    end
 }
 
 /// Most request queues that can be asked for; the message that names a ring has one byte for it.

@@ -1,0 +1,374 @@
+//! Which parts of a file hold data, which only reserve space, and which are holes.
+//!
+//! No single call knows. lseek(2) knows what reads as zeroes, page cache included, but not what has
+//! space; FIEMAP knows what has space, but without flushing it calls fresh data unwritten. So both
+//! are asked, FIEMAP first: a write that lands in between is then seen by lseek.
+//!
+//! | lseek | FIEMAP | kind |
+//! |---|---|---|
+//! | not asked | extent, written | data |
+//! | data | anything | data |
+//! | hole | extent, unwritten | reserved |
+//! | hole | no extent, or no FIEMAP here | hole |
+//! | says nothing | anything | data |
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+
+use super::fiemap::{self, Mapped};
+
+/// What a run of bytes is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// May hold data. The only safe answer where nothing is known.
+    Data,
+    /// Reads as zeroes and has space reserved for it.
+    Reserved,
+    /// Reads as zeroes and has no space.
+    Hole,
+}
+
+/// A run of bytes of one kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// The bytes.
+    pub range: Range<u64>,
+    /// What they are.
+    pub kind: Kind,
+}
+
+/// A list of extents that touch each other; neighbours differ in kind.
+#[derive(Debug, Default)]
+pub(super) struct List(Vec<Extent>);
+
+impl List {
+    /// Number of extents.
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The first extents, at most `limit`.
+    pub(super) fn first(mut self, limit: usize) -> Vec<Extent> {
+        self.0.truncate(limit);
+        self.0
+    }
+
+    /// Adds a run; one of the same kind as the last extent becomes part of it.
+    pub(super) fn push(&mut self, range: Range<u64>, kind: Kind) {
+        if range.is_empty() {
+            return;
+        }
+        match self.0.last_mut() {
+            Some(last) if last.kind == kind && last.range.end == range.start => {
+                last.range.end = range.end;
+            }
+            _ => self.0.push(Extent { range, kind }),
+        }
+    }
+}
+
+/// What a host tells about a file; the file systems differ in what they know.
+pub(super) trait Host {
+    /// The first extents with space (at most `max`) that overlap the range.
+    fn mapped(&self, range: Range<u64>, max: usize) -> io::Result<Vec<Mapped>>;
+    /// The first byte of data at or after `at`; `None` if there is none before the end of the file.
+    fn next_data(&self, at: u64) -> io::Result<Option<u64>>;
+    /// The first byte of a hole at or after `at`, which is in data.
+    fn next_hole(&self, at: u64) -> io::Result<u64>;
+}
+
+impl Host for File {
+    fn mapped(&self, range: Range<u64>, max: usize) -> io::Result<Vec<Mapped>> {
+        fiemap::mapped(self, range, max)
+    }
+
+    fn next_data(&self, at: u64) -> io::Result<Option<u64>> {
+        seek(self, at, Whence::SeekData)
+    }
+
+    fn next_hole(&self, at: u64) -> io::Result<u64> {
+        // Beyond the end of the file everything is a hole.
+        Ok(seek(self, at, Whence::SeekHole)?.unwrap_or(at))
+    }
+}
+
+/// `lseek(2)`; `None` for ENXIO. Nobody uses the file position that it moves.
+fn seek(file: &File, at: u64, whence: Whence) -> io::Result<Option<u64>> {
+    let offset = i64::try_from(at).map_err(|_| Errno::EINVAL)?;
+    match lseek(file, offset, whence) {
+        Ok(found) => Ok(u64::try_from(found).ok()),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What a host can tell about one file, tried out on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Knowledge {
+    /// lseek tells data from holes.
+    pub seek: bool,
+    /// FIEMAP tells what has space.
+    pub fiemap: bool,
+}
+
+impl std::fmt::Display for Knowledge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match (self.seek, self.fiemap) {
+            (true, true) => "fiemap+seek",
+            (true, false) => "seek",
+            (false, _) => "none",
+        })
+    }
+}
+
+impl Knowledge {
+    /// Tries both calls on the file.
+    pub(super) fn probe(host: &impl Host) -> Self {
+        Knowledge { seek: host.next_data(0).is_ok(), fiemap: host.mapped(0..1, 1).is_ok() }
+    }
+}
+
+/// Host calls that one walk may make for each extent it may return, and at least.
+const CALLS_PER_EXTENT: usize = 4;
+const MIN_CALLS: usize = 64;
+
+/// The extents from `range.start` on: touching, merged, at most `limit` of them. The list may end
+/// before the range does, if there are more extents or if finding them would take too long; it is
+/// empty only if the range is.
+pub(super) fn walk(
+    host: &impl Host,
+    knows: Knowledge,
+    range: Range<u64>,
+    limit: usize,
+) -> Vec<Extent> {
+    let mut walk = Walk { host, list: List::default(), no_data: 0..0, calls: 0 };
+    let budget = limit.saturating_mul(CALLS_PER_EXTENT).max(MIN_CALLS);
+    let mut at = range.start;
+    // One extent too many is looked for: only then is it sure that the last one is whole.
+    while at < range.end && walk.list.len() <= limit && walk.calls < budget {
+        at = match (knows.seek, knows.fiemap) {
+            (false, _) => walk.all_data(at..range.end),
+            (true, false) => walk.step_by_seek(at..range.end),
+            (true, true) => walk.step_by_both(at..range.end, limit),
+        };
+    }
+    walk.list.first(limit)
+}
+
+struct Walk<'a, H> {
+    host: &'a H,
+    list: List,
+    /// A range in which lseek has found no data during this walk.
+    no_data: Range<u64>,
+    calls: usize,
+}
+
+impl<H: Host> Walk<'_, H> {
+    fn all_data(&mut self, range: Range<u64>) -> u64 {
+        self.list.push(range.clone(), Kind::Data);
+        range.end
+    }
+
+    /// A hole and the data behind it.
+    fn step_by_seek(&mut self, range: Range<u64>) -> u64 {
+        let data = self.data_in(range.clone());
+        self.list.push(range.start..data.start, Kind::Hole);
+        self.list.push(data.clone(), Kind::Data);
+        data.end
+    }
+
+    /// A batch of FIEMAP's extents with what lies between them.
+    fn step_by_both(&mut self, range: Range<u64>, limit: usize) -> u64 {
+        self.calls += 1;
+        let max = limit.saturating_add(2).min(fiemap::BATCH);
+        let Ok(batch) = self.host.mapped(range.clone(), max) else {
+            // It worked when it was tried: whatever this is, nothing was learned.
+            return self.all_data(range);
+        };
+        let complete = batch.len() < max;
+        let mut at = range.start;
+        for extent in batch {
+            let (start, end) = (extent.start.clamp(at, range.end), extent.end.clamp(at, range.end));
+            self.zeroes_unless_data(at..start, Kind::Hole);
+            match extent.unwritten {
+                true => self.zeroes_unless_data(start..end, Kind::Reserved),
+                false => self.list.push(start..end, Kind::Data),
+            }
+            at = end;
+        }
+        if complete || at == range.start {
+            self.zeroes_unless_data(at..range.end, Kind::Hole);
+            at = range.end;
+        }
+        at
+    }
+
+    /// A range that is of this kind where lseek finds no data in it.
+    fn zeroes_unless_data(&mut self, range: Range<u64>, kind: Kind) {
+        let mut at = range.start;
+        while at < range.end {
+            let data = self.data_in(at..range.end);
+            self.list.push(at..data.start, kind);
+            self.list.push(data.clone(), Kind::Data);
+            at = data.end;
+        }
+    }
+
+    /// The first data that lseek knows of in the range; an empty range at its end if there is none.
+    fn data_in(&mut self, range: Range<u64>) -> Range<u64> {
+        let nothing = range.end..range.end;
+        if self.no_data.contains(&range.start) && range.end <= self.no_data.end {
+            return nothing;
+        }
+        self.calls += 1;
+        let start = match self.host.next_data(range.start) {
+            Ok(Some(start)) => start,
+            Ok(None) => u64::MAX,
+            // Learned nothing: all of it may be data.
+            Err(_) => return range,
+        };
+        self.no_data = range.start..start;
+        if start >= range.end {
+            return nothing;
+        }
+        self.calls += 1;
+        match self.host.next_hole(start) {
+            // A file that changes under us may have no data here any more; progress all the same.
+            Ok(end) => start..end.clamp(start + 1, range.end),
+            Err(_) => start..range.end,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    /// A file as a string, a byte a letter: `d`ata, fresh data in an `f`resh unwritten extent,
+    /// `u`nwritten, `.` hole. Beyond its end it is a hole.
+    struct Model(&'static str, Cell<usize>);
+
+    impl Model {
+        fn at(&self, at: u64) -> char {
+            self.0.as_bytes().get(at as usize).map_or('.', |b| char::from(*b))
+        }
+
+        fn find(&self, from: u64, what: impl Fn(char) -> bool) -> Option<u64> {
+            (from..self.0.len() as u64).find(|at| what(self.at(*at)))
+        }
+    }
+
+    impl Host for Model {
+        fn mapped(&self, range: Range<u64>, max: usize) -> io::Result<Vec<Mapped>> {
+            self.1.set(self.1.get() + 1);
+            let mut list: Vec<Mapped> = Vec::new();
+            for at in range {
+                let unwritten = match self.at(at) {
+                    'd' => false,
+                    'u' | 'f' => true,
+                    _ => continue,
+                };
+                let count = list.len();
+                match list.last_mut() {
+                    Some(m) if m.end == at && m.unwritten == unwritten => m.end += 1,
+                    _ if count == max => break,
+                    _ => list.push(Mapped { start: at, end: at + 1, unwritten }),
+                }
+            }
+            Ok(list)
+        }
+
+        fn next_data(&self, at: u64) -> io::Result<Option<u64>> {
+            self.1.set(self.1.get() + 1);
+            Ok(self.find(at, |c| c == 'd' || c == 'f'))
+        }
+
+        fn next_hole(&self, at: u64) -> io::Result<u64> {
+            self.1.set(self.1.get() + 1);
+            Ok(self.find(at, |c| c != 'd' && c != 'f').unwrap_or(self.0.len() as u64))
+        }
+    }
+
+    fn drawn(model: &str) -> Model {
+        Model(Box::leak(model.to_owned().into_boxed_str()), Cell::new(0))
+    }
+
+    fn letters(extents: &[Extent]) -> String {
+        let letter = |kind| match kind {
+            Kind::Data => "d",
+            Kind::Reserved => "u",
+            Kind::Hole => ".",
+        };
+        extents
+            .iter()
+            .map(|e| letter(e.kind).repeat((e.range.end - e.range.start) as usize))
+            .collect()
+    }
+
+    const BOTH: Knowledge = Knowledge { seek: true, fiemap: true };
+    const SEEK: Knowledge = Knowledge { seek: true, fiemap: false };
+
+    #[test]
+    fn fresh_data_in_unwritten_extents_is_data() {
+        let file = drawn("uufuu..dd.f.uu");
+        assert_eq!(letters(&walk(&file, BOTH, 0..16, 99)), "uuduu..dd.d.uu..");
+        assert_eq!(letters(&walk(&file, SEEK, 0..16, 99)), "..d....dd.d.....");
+        let nothing = Knowledge { seek: false, fiemap: true };
+        assert_eq!(letters(&walk(&file, nothing, 0..16, 99)), "dddddddddddddddd");
+    }
+
+    #[test]
+    fn the_list_tiles_the_range_from_its_start() {
+        let pattern = "du.fd..uuffd.u.d";
+        let file = drawn(pattern);
+        let whole = pattern.replace('f', "d");
+        for knows in [BOTH, SEEK] {
+            let whole = if knows == SEEK { whole.replace('u', ".") } else { whole.clone() };
+            for start in 0..16usize {
+                for end in start..16 {
+                    for limit in 1..8 {
+                        let list = walk(&file, knows, start as u64..end as u64, limit);
+                        let text = letters(&list);
+                        assert_eq!(text, whole[start..start + text.len()]);
+                        assert!(list.len() <= limit);
+                        assert_eq!(list.is_empty(), start == end);
+                        assert!(list.len() == limit || text.len() == end - start);
+                        assert!(list.windows(2).all(|w| w[0].kind != w[1].kind));
+                        assert!(list.windows(2).all(|w| w[0].range.end == w[1].range.start));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn calls_are_bounded_by_what_is_returned() {
+        let file = drawn(&"du.f".repeat(5000));
+        for limit in [1, 10, 100] {
+            for start in [0u64, 10_000, 19_000] {
+                file.1.set(0);
+                let list = walk(&file, BOTH, start..20_000, limit);
+                assert_eq!(list.len(), limit);
+                assert!(file.1.get() <= limit * CALLS_PER_EXTENT + MIN_CALLS + 2 * fiemap::BATCH);
+            }
+        }
+        // One merged extent made of very many: the walk gives up early, and says so by a short list.
+        let file = drawn(&"df".repeat(5000));
+        file.1.set(0);
+        let list = walk(&file, BOTH, 0..10_000, 4);
+        assert!(list.len() == 1 && list[0].range.end < 10_000);
+        assert!(file.1.get() <= MIN_CALLS + 2 * fiemap::BATCH);
+    }
+
+    #[test]
+    fn one_seek_serves_a_whole_stretch_without_data() {
+        let file = drawn(&"u.".repeat(100));
+        walk(&file, BOTH, 0..200, 1000);
+        assert!(file.1.get() <= 3, "{} calls", file.1.get());
+    }
+}
