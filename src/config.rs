@@ -74,6 +74,10 @@ pub struct DiskConfig {
     pub rotational: bool,
     /// How the host's page cache is used.
     pub cache: CacheMode,
+    /// Offer thin provisioning where the file can do it.
+    pub discard: bool,
+    /// OPTIMAL UNMAP GRANULARITY in bytes, if it was given.
+    pub discard_granularity: Option<u64>,
 }
 
 impl DiskConfig {
@@ -97,6 +101,8 @@ impl DiskConfig {
             size: None,
             rotational: false,
             cache: CacheMode::default(),
+            discard: true,
+            discard_granularity: None,
         };
         let mut seen = BTreeSet::new();
         for option in parts {
@@ -128,6 +134,8 @@ impl DiskConfig {
             "serial" => self.serial = Some(serial(given(value)?)?),
             "wwn" => self.naa = Some(naa(given(value)?)?),
             "size" => self.size = Some(size(given(value)?)?),
+            "discard" => self.discard = switch(value)?,
+            "discard-granularity" => self.discard_granularity = Some(size(given(value)?)?),
             "cache" => {
                 self.cache = match given(value)? {
                     "writeback" => CacheMode::Writeback,
@@ -146,6 +154,14 @@ impl DiskConfig {
     fn check(&self) -> Result<(), String> {
         if self.physical_block_size.is_some_and(|p| p < self.block_size) {
             return Err("physical-block-size is smaller than block-size".into());
+        }
+        let granularity = self.discard_granularity.unwrap_or(self.block_size.into());
+        if !granularity.is_power_of_two()
+            || !(u64::from(self.block_size)..=1 << 30).contains(&granularity)
+        {
+            return Err(format!(
+                "discard-granularity: {granularity} is no power of two from the block size to 1G"
+            ));
         }
         match self.size {
             Some(size) if size % u64::from(self.block_size) != 0 => {
@@ -177,8 +193,16 @@ impl DiskConfig {
             block_size: self.block_size,
             physical_block_size: self.physical_block_size.unwrap_or(host_block),
             rotational: self.rotational,
+            discard: self.discard,
+            discard_granularity: self.granularity(store),
             write_cache: self.cache != CacheMode::Writethrough,
         })
+    }
+
+    /// OPTIMAL UNMAP GRANULARITY in bytes: what was given, else the host's block.
+    fn granularity(&self, store: &FileStore) -> u32 {
+        let given = self.discard_granularity.and_then(|g| u32::try_from(g).ok());
+        given.unwrap_or(store.capabilities().host_block).max(self.block_size)
     }
 
     fn host_error(&self, why: &str) -> StartError {

@@ -34,7 +34,15 @@ impl Bench {
         Self::over(MemStore::new(BLOCKS * 512))
     }
 
+    fn fully_provisioned() -> Self {
+        Self::with(MemStore::new(BLOCKS * 512), false)
+    }
+
     fn over(store: MemStore) -> Self {
+        Self::with(store, true)
+    }
+
+    fn with(store: MemStore, discard: bool) -> Self {
         let settings = LunSettings {
             target: 0,
             lun: LunNumber::new(0).unwrap(),
@@ -43,6 +51,8 @@ impl Bench {
             block_size: 512,
             physical_block_size: 4096,
             rotational: false,
+            discard,
+            discard_granularity: 4096,
             write_cache: true,
         };
         let lun = Arc::new(Lun::new(settings, 0, Arc::new(store) as Arc<dyn Store>).unwrap());
@@ -121,15 +131,29 @@ impl Answer {
 fn bare(command: &Command) -> Vec<u8> {
     let mut cdb = vec![0; command.usage.len()];
     cdb[0] = command.opcode();
-    if let ServiceAction::Byte1(action) = command.service_action {
-        cdb[1] = action;
+    match command.service_action {
+        ServiceAction::None => {}
+        ServiceAction::Byte1(action) => cdb[1] = action,
+        ServiceAction::Variable(action) => {
+            cdb[7] = command.usage.len() as u8 - 8;
+            cdb[8..10].copy_from_slice(&action.to_be_bytes());
+        }
     }
     cdb
 }
 
+/// The service action as a number, and the byte of the CDB that holds its last bits.
+fn action_of(command: &Command) -> Option<(u16, usize)> {
+    match command.service_action {
+        ServiceAction::None => None,
+        ServiceAction::Byte1(action) => Some((action.into(), 1)),
+        ServiceAction::Variable(action) => Some((action, 9)),
+    }
+}
+
 #[test]
 fn the_table_is_in_order_and_each_row_is_sound() {
-    let keys: Vec<(u8, u8)> = TABLE.iter().map(|c| (bare(c)[0], bare(c)[1])).collect();
+    let keys: Vec<_> = TABLE.iter().map(|c| (c.opcode(), action_of(c))).collect();
     assert!(keys.is_sorted() && keys.windows(2).all(|w| w[0] != w[1]));
     for command in TABLE {
         let len = match command.opcode() >> 5 {
@@ -141,7 +165,8 @@ fn the_table_is_in_order_and_each_row_is_sound() {
         };
         assert_eq!(command.usage.len(), len, "{}", command.name);
         // CONTROL: neither NACA nor the obsolete LINK is supported.
-        assert_eq!(command.usage[len - 1], 0, "{}", command.name);
+        let control = if command.opcode() == 0x7f { 1 } else { len - 1 };
+        assert_eq!(command.usage[control], 0, "{}", command.name);
         assert!(command.access != Access::Write || command.data != Data::In, "{}", command.name);
     }
 }
@@ -162,12 +187,20 @@ fn every_opcode_that_is_not_in_the_table_is_invalid() {
 #[test]
 fn every_service_action_that_is_not_in_the_table_is_an_invalid_field() {
     let bench = Bench::new();
-    let with_actions = TABLE.iter().filter(|c| c.service_action != ServiceAction::None);
-    for opcode in with_actions.map(Command::opcode) {
-        for action in 0..32 {
-            let here = ServiceAction::Byte1(action);
-            if !TABLE.iter().any(|c| c.opcode() == opcode && c.service_action == here) {
-                bench.run(&[opcode, action], &[], 0).expect_cdb_field(1, 4);
+    for opcode in TABLE.iter().filter(|c| action_of(c).is_some()).map(Command::opcode) {
+        let unknown = |action: u16| {
+            let mut same = TABLE.iter().filter(|c| c.opcode() == opcode);
+            !same.any(|c| action_of(c).unwrap().0 == action)
+        };
+        if opcode == 0x7f {
+            for action in (0..256).chain([0x0d00, 0x120d, 0xffff]).filter(|a| unknown(*a)) {
+                let [high, low] = action.to_be_bytes();
+                let cdb = [opcode, 0, 0, 0, 0, 0, 0, 0x18, high, low];
+                bench.run(&cdb, &[], 0).expect_cdb_field(8, 7);
+            }
+        } else {
+            for action in (0..32).filter(|a| unknown(*a)) {
+                bench.run(&[opcode, action as u8], &[], 0).expect_cdb_field(1, 4);
             }
         }
     }
@@ -179,8 +212,12 @@ fn every_reserved_bit_is_refused_and_pointed_at() {
     for command in TABLE {
         for byte in 1..command.usage.len() {
             for bit in 0..8u8 {
-                let action = byte == 1 && command.service_action != ServiceAction::None;
-                if command.usage[byte] & (1 << bit) != 0 || (action && bit < 5) {
+                let names_it = match command.service_action {
+                    ServiceAction::None => false,
+                    ServiceAction::Byte1(_) => byte == 1 && bit < 5,
+                    ServiceAction::Variable(_) => byte == 8 || byte == 9,
+                };
+                if command.usage[byte] & (1 << bit) != 0 || names_it {
                     continue;
                 }
                 let mut cdb = bare(command);
@@ -253,10 +290,7 @@ fn report_supported_operation_codes_is_the_table() {
         assert_eq!(list.len(), each * TABLE.len());
         for (entry, command) in list.chunks(each).zip(TABLE) {
             assert_eq!(entry[0], command.opcode(), "{}", command.name);
-            let action = match command.service_action {
-                ServiceAction::None => (0, 0),
-                ServiceAction::Byte1(action) => (action, 1),
-            };
+            let action = action_of(command).map_or((0, 0), |(action, _)| (action as u8, 1));
             assert_eq!((entry[3], entry[5] & 1), action, "{}", command.name);
             assert_eq!(usize::from(entry[7]), command.usage.len());
             assert_eq!(entry[5] & 2 != 0, rctd != 0);
@@ -267,9 +301,9 @@ fn report_supported_operation_codes_is_the_table() {
         }
         for command in TABLE {
             let cdb = bare(command);
-            let has_action = command.service_action != ServiceAction::None;
+            let has_action = action_of(command).is_some();
             let ask = |option: u8| {
-                let action = if has_action { cdb[1] } else { 0 };
+                let action = action_of(command).map_or(0, |(_, byte)| cdb[byte]);
                 bench.run(
                     &[0xa3, 0x0c, rctd | option, cdb[0], 0, action, 0, 0, 1, 0, 0, 0],
                     &[],
@@ -321,18 +355,38 @@ fn vpd_pages_are_listed_and_each_is_there() {
     assert_eq!(limits[3], 0x3c);
     assert_eq!(u16::from_be_bytes([limits[6], limits[7]]), 8, "one physical block");
     assert_eq!(limits[8..12], 65536u32.to_be_bytes(), "32 MiB");
-    assert_eq!(limits[20..], [0; 44], "nothing of provisioning yet");
+    assert_eq!(limits[20..24], [0xff; 4], "UNMAP of any length");
+    assert_eq!(limits[24..28], 256u32.to_be_bytes());
+    assert_eq!(limits[28..36], [0, 0, 0, 8, 0x80, 0, 0, 0], "granularity and alignment");
+    assert_eq!(limits[36..44], (8u64 << 20).to_be_bytes(), "4 GiB");
+    assert_eq!(limits[44..], [0; 20], "no atomic writes");
 }
 
 #[test]
-fn nothing_of_provisioning_is_claimed_yet() {
-    let bench = Bench::new();
-    let capacity = bench.data(&[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0], 32);
-    assert_eq!(capacity[..8], (BLOCKS - 1).to_be_bytes());
-    assert_eq!(capacity[8..14], [0, 0, 2, 0, 0, 3]);
-    assert_eq!(capacity[14], 0, "LBPME and LBPRZ");
-    let provisioning = bench.data(&[0x12, 1, 0xb2, 0, 255, 0], 255);
-    assert_eq!(provisioning, [0, 0xb2, 0, 4, 0, 0, 0, 0]);
+fn provisioning_is_claimed_everywhere_or_nowhere() {
+    for thin in [true, false] {
+        let bench = if thin { Bench::new() } else { Bench::fully_provisioned() };
+        let capacity = bench.data(&[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0], 32);
+        assert_eq!(capacity[..8], (BLOCKS - 1).to_be_bytes());
+        assert_eq!(capacity[8..14], [0, 0, 2, 0, 0, 3]);
+        assert_eq!(capacity[14], if thin { 0xc0 } else { 0 }, "LBPME and LBPRZ");
+        let provisioning = bench.data(&[0x12, 1, 0xb2, 0, 255, 0], 255);
+        let expected = if thin { [0, 0xe6, 2, 0] } else { [0; 4] };
+        assert_eq!(provisioning[4..], expected);
+        let unmap = bench.run(&[0x42, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[], 0);
+        let listed = bench.data(&[0xa3, 0x0c, 1, 0x42, 0, 0, 0, 0, 1, 0, 0, 0], 256);
+        assert_eq!(listed[1] & 7, if thin { 3 } else { 1 });
+        let same = bench.run(&[0x41, 8, 0, 0, 0, 0, 0, 0, 1, 0], &[0; 512], 0);
+        let status = bench.data(&[0x9e, 0x12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 0, 0], 24);
+        if thin {
+            drop((unmap.expect_good(), same.expect_good()));
+            assert_eq!(status[20], 1, "deallocated");
+        } else {
+            unmap.expect_sense(5, 0x2000);
+            same.expect_cdb_field(1, 3);
+            assert_eq!(status[16..21], [0, 0, 8, 0, 0], "all mapped");
+        }
+    }
 }
 
 #[test]
@@ -481,9 +535,9 @@ fn software_write_protect_protects() {
 fn readme_table() -> String {
     let mut table = String::from("| operation | code | CDB | notes |\n|---|---|---|---|\n");
     for command in TABLE {
-        let code = match command.service_action {
-            ServiceAction::None => format!("{:02X}h", command.opcode()),
-            ServiceAction::Byte1(action) => format!("{:02X}h/{action:02X}h", command.opcode()),
+        let code = match action_of(command) {
+            None => format!("{:02X}h", command.opcode()),
+            Some((action, _)) => format!("{:02X}h/{action:02X}h", command.opcode()),
         };
         let notes = match (command.access, command.exempt_from_attention) {
             (Access::Write, _) => "writes; refused on a read-only disk",

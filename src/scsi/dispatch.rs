@@ -69,7 +69,7 @@ fn without_disk(target: &Target, number: u8, request: &Request, missing: Missing
 /// What every command is checked for before its handler sees it, in the order of SAM-6 5.3.3 and
 /// SPC-5: known operation, unit attention, reserved bits, readiness, write protection.
 fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command, ScsiError> {
-    let command = cmd::find(&request.cdb);
+    let command = cmd::find(cmd::offered(lun), &request.cdb);
     let exempt = command.as_ref().is_ok_and(|c| c.exempt_from_attention);
     if !exempt && let Some(attention) = nexus.attentions(lun.index()).take() {
         return Err(ScsiError::Check(attention.sense()));

@@ -1,5 +1,6 @@
 //! One disk: its identity, its geometry and the state that commands change.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -32,6 +33,10 @@ pub struct LunSettings {
     pub physical_block_size: u32,
     /// Whether to look like a disk that turns.
     pub rotational: bool,
+    /// Whether thin provisioning is offered where the store can do it.
+    pub discard: bool,
+    /// OPTIMAL UNMAP GRANULARITY in bytes; a multiple of `block_size`.
+    pub discard_granularity: u32,
     /// Whether the write cache starts out enabled (WCE).
     pub write_cache: bool,
 }
@@ -45,6 +50,9 @@ pub struct Lun {
     started: AtomicBool,
     pages: Pages,
 }
+
+/// Bytes of the store, inside the disk.
+pub type ByteRange = Range<u64>;
 
 /// A range of logical blocks that lies inside the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,17 +140,50 @@ impl Lun {
     /// # Errors
     /// 05/21/00 if it is not inside the disk, 05/24/00 if it is too long.
     pub fn range(&self, lba: u64, blocks: u64) -> Result<BlockRange, ScsiError> {
+        let range = self.bytes(lba, blocks)?;
+        if blocks > self.max_transfer_blocks() {
+            return Err(ScsiError::illegal(asc::INVALID_FIELD_IN_CDB));
+        }
+        let bytes = usize::try_from(range.end - range.start).map_err(|_| ScsiError::Busy)?;
+        Ok(BlockRange { lba, blocks, offset: range.start, bytes })
+    }
+
+    /// The bytes of a range of blocks of any length.
+    ///
+    /// # Errors
+    /// 05/21/00 if it is not inside the disk.
+    pub fn bytes(&self, lba: u64, blocks: u64) -> Result<ByteRange, ScsiError> {
         let end = lba.checked_add(blocks).ok_or(ScsiError::LBA_OUT_OF_RANGE)?;
         if end > self.blocks() {
             return Err(ScsiError::LBA_OUT_OF_RANGE);
         }
-        if blocks > self.max_transfer_blocks() {
-            return Err(ScsiError::illegal(asc::INVALID_FIELD_IN_CDB));
-        }
+        // Neither product overflows: the capacity is at most MAX_BYTES.
         let block = u64::from(self.block_size());
-        // Neither product overflows: capacity is at most MAX_BYTES, the length MAX_TRANSFER.
-        let bytes = usize::try_from(blocks * block).map_err(|_| ScsiError::Busy)?;
-        Ok(BlockRange { lba, blocks, offset: lba * block, bytes })
+        Ok(lba * block..end * block)
+    }
+
+    /// Whether thin provisioning is offered (LBPME): it was asked for, and the store gives space
+    /// back, or nobody will ask it to.
+    pub fn is_thin(&self) -> bool {
+        let can = self.store.capabilities();
+        self.settings.discard && (can.deallocates || can.read_only)
+    }
+
+    /// Whether blocks can be anchored (ANC_SUP).
+    pub fn can_anchor(&self) -> bool {
+        self.is_thin() && self.store.capabilities().reserves
+    }
+
+    /// What a command that writes other than by plain writes does at its end: without a write cache
+    /// its effect is stable before it is answered.
+    ///
+    /// # Errors
+    /// If the store cannot make it stable.
+    pub fn settle(&self) -> Result<(), ScsiError> {
+        if self.pages.write_cache() {
+            return Ok(());
+        }
+        self.store.flush().map_err(|e| ScsiError::from_store(e, true, self.block_size()))
     }
 
     /// MAXIMUM TRANSFER LENGTH in blocks.

@@ -37,6 +37,11 @@ struct Capacity16 {
     reserved: [u8; 16],
 }
 
+/// Logical block provisioning management is enabled.
+const LBPME: u16 = 0x8000;
+/// Unmapped blocks read as zeroes.
+const LBPRZ: u16 = 0x4000;
+
 /// READ CAPACITY(10).
 pub(super) fn read_capacity_10(context: Context<'_>) -> Result<Reply, ScsiError> {
     let last = context.lun.blocks().saturating_sub(1);
@@ -56,7 +61,7 @@ pub(super) fn read_capacity_16(context: Context<'_>) -> Result<Reply, ScsiError>
         block_size: U32::new(context.lun.block_size()),
         protection: 0,
         physical_exponent: context.lun.physical_exponent(),
-        provisioning: U16::ZERO,
+        provisioning: U16::new(if context.lun.is_thin() { LBPME | LBPRZ } else { 0 }),
         reserved: [0; 16],
     };
     let allocation = wire::allocation(cdb.allocation.get());

@@ -4,14 +4,17 @@
 mod capacity;
 mod flush;
 mod inquiry;
+mod lba_status;
 mod log;
 mod mode;
 mod power;
 mod report;
 mod rw;
 mod sense;
+mod unmap;
 mod verify;
 mod vpd;
+mod write_same;
 
 use std::sync::Arc;
 
@@ -53,6 +56,17 @@ pub enum ServiceAction {
     None,
     /// In the low five bits of byte 1.
     Byte1(u8),
+    /// In bytes 8 and 9 of a variable-length CDB (operation code 7Fh).
+    Variable(u16),
+}
+
+/// What a disk must offer for a command to be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    /// Nothing in particular.
+    Nothing,
+    /// Thin provisioning.
+    Thin,
 }
 
 /// What a handler gets.
@@ -106,6 +120,8 @@ pub struct Command {
     pub data: Data,
     /// What it does with the medium.
     pub access: Access,
+    /// What the disk must offer.
+    pub needs: Needs,
     /// Runs although a unit attention is due (SAM-6 5.14.5).
     pub exempt_from_attention: bool,
     /// Nominal and recommended timeout in seconds (0: none is given).
@@ -126,15 +142,22 @@ impl Command {
     /// 05/24/00 pointing at the leftmost such bit.
     pub fn check_reserved_bits(&self, cdb: &Cdb) -> Result<(), ScsiError> {
         for (byte, (value, used)) in (0u16..).zip(cdb.0.iter().zip(self.usage)).skip(1) {
-            let used = match self.service_action {
-                ServiceAction::Byte1(_) if byte == 1 => used | 0x1f,
+            let used = match (self.service_action, byte) {
+                (ServiceAction::Byte1(_), 1) => used | 0x1f,
+                (ServiceAction::Variable(_), 8 | 9) => 0xff,
                 _ => *used,
             };
             if let Some(bit) = (value & !used).checked_ilog2() {
                 return Err(ScsiError::cdb_field(byte, u8::try_from(bit).unwrap_or(7)));
             }
         }
-        Ok(())
+        let additional = usize::from(cdb.byte(7)) + 8;
+        match self.service_action {
+            ServiceAction::Variable(_) if additional != self.usage.len() => {
+                Err(ScsiError::cdb_field(7, 7))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn matches(&self, cdb: &Cdb) -> bool {
@@ -142,20 +165,37 @@ impl Command {
             && match self.service_action {
                 ServiceAction::None => true,
                 ServiceAction::Byte1(action) => cdb.byte(1) & 0x1f == action,
+                ServiceAction::Variable(action) => {
+                    u16::from_be_bytes([cdb.byte(8), cdb.byte(9)]) == action
+                }
             }
     }
 }
 
-/// Finds the row for a CDB.
+/// The commands that a disk has.
+pub fn offered(lun: &Lun) -> impl Iterator<Item = &'static Command> {
+    let thin = lun.is_thin();
+    TABLE.iter().filter(move |c| match c.needs {
+        Needs::Nothing => true,
+        Needs::Thin => thin,
+    })
+}
+
+/// Finds the row for a CDB among the commands that are there.
 ///
 /// # Errors
 /// 05/20/00 for an unknown operation code, 05/24/00 for an unknown service action of a known one.
-pub fn find(cdb: &Cdb) -> Result<&'static Command, ScsiError> {
-    let mut same_opcode = TABLE.iter().filter(|c| c.opcode() == cdb.opcode()).peekable();
-    if same_opcode.peek().is_none() {
-        return Err(ScsiError::INVALID_OPCODE);
-    }
-    same_opcode.find(|c| c.matches(cdb)).ok_or(ScsiError::cdb_field(1, 4))
+pub fn find(
+    commands: impl Iterator<Item = &'static Command>,
+    cdb: &Cdb,
+) -> Result<&'static Command, ScsiError> {
+    let mut same_opcode = commands.filter(|c| c.opcode() == cdb.opcode()).peekable();
+    let unknown = match same_opcode.peek().map(|c| c.service_action) {
+        None => ScsiError::INVALID_OPCODE,
+        Some(ServiceAction::Variable(_)) => ScsiError::cdb_field(8, 7),
+        Some(_) => ScsiError::cdb_field(1, 4),
+    };
+    same_opcode.find(|c| c.matches(cdb)).ok_or(unknown)
 }
 
 /// Why there is no disk behind an address.
@@ -181,7 +221,7 @@ pub(super) fn without_disk(
     request: &Request,
     missing: Missing,
 ) -> Result<(Vec<u8>, usize), ScsiError> {
-    let command = find(&request.cdb)?;
+    let command = find(TABLE.iter(), &request.cdb)?;
     command.check_reserved_bits(&request.cdb)?;
     let well_known = missing == Missing::WellKnown;
     let finds_luns = well_known || missing == Missing::Lun { lun_zero: true };
@@ -216,6 +256,10 @@ const DPO_FUA: u8 = 0x18;
 const DPO_BYTCHK: u8 = 0x16;
 /// DPO and BYTCHK of WRITE AND VERIFY, which has but the low bit of it.
 const DPO_BYTCHK_LOW: u8 = 0x12;
+/// UNMAP and ANCHOR of WRITE SAME; the LBDATA and PBDATA of old are reserved.
+const UNMAP_ANCHOR: u8 = 0x18;
+/// NDOB of WRITE SAME(16) and (32).
+const NDOB: u8 = 0x01;
 /// IMMED.
 const IMMED: u8 = 0x02;
 
@@ -233,6 +277,7 @@ const fn row(
         usage,
         data,
         access,
+        needs: Needs::Nothing,
         exempt_from_attention: false,
         timeouts,
         handler,
@@ -242,6 +287,16 @@ const fn row(
 impl Command {
     const fn action(mut self, action: u8) -> Self {
         self.service_action = ServiceAction::Byte1(action);
+        self
+    }
+
+    const fn variable(mut self, action: u16) -> Self {
+        self.service_action = ServiceAction::Variable(action);
+        self
+    }
+
+    const fn if_thin(mut self) -> Self {
+        self.needs = Needs::Thin;
         self
     }
 
@@ -267,6 +322,48 @@ const fn cdb12(opcode: u8, flags: u8) -> [u8; 12] {
 const fn cdb16(opcode: u8, flags: u8) -> [u8; 16] {
     [opcode, flags, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, 0, 0]
 }
+
+/// Usage of WRITE SAME(32): LBA, expected tags, blocks. CONTROL is byte 1.
+const WRITE_SAME_32: [u8; 32] = [
+    0x7f,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0x18,
+    0,
+    0x0d,
+    UNMAP_ANCHOR | NDOB,
+    0,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+    FF,
+];
+
+/// Usage of GET LBA STATUS(32): report type, LBA, scan length, allocation length. CONTROL is byte 1.
+const GET_LBA_STATUS_32: [u8; 32] = [
+    0x7f, 0, 0, 0, 0, 0, 0, 0x18, 0, 0x12, FF, 0, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF,
+    0, 0, 0, 0, FF, FF, FF, FF,
+];
 
 use Access::{Read, Write};
 use Data::{In, Out};
@@ -294,16 +391,22 @@ pub static TABLE: &[Command] = &[
     row("VERIFY(10)", const { &cdb10(0x2f, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
     row("PRE-FETCH(10)", const { &cdb10(0x34, IMMED) }, NO, Read, QUICK, flush::prefetch),
     row("SYNCHRONIZE CACHE(10)", const { &cdb10(0x35, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache),
+    row("WRITE SAME(10)", const { &cdb10(0x41, UNMAP_ANCHOR) }, Out, Write, FLUSH, write_same::write_same),
+    row("UNMAP", &[0x42, 1, 0, 0, 0, 0, 0, FF, FF, 0], Out, Write, FLUSH, unmap::unmap).if_thin(),
     row("LOG SENSE", &[0x4d, 0, FF, FF, 0, FF, FF, FF, FF, 0], In, NA, QUICK, log::log_sense),
     row("MODE SELECT(10)", &[0x55, 0x11, 0, 0, 0, 0, 0, FF, FF, 0], Out, NA, FLUSH, mode::mode_select),
     row("MODE SENSE(10)", &[0x5a, 0x18, FF, FF, 0, 0, 0, FF, FF, 0], In, NA, QUICK, mode::mode_sense),
+    row("WRITE SAME(32)", &WRITE_SAME_32, Out, Write, FLUSH, write_same::write_same).variable(0x0d),
+    row("GET LBA STATUS(32)", &GET_LBA_STATUS_32, In, Read, TRANSFER, lba_status::get_lba_status_32).variable(0x12),
     row("READ(16)", const { &cdb16(0x88, DPO_FUA) }, In, Read, TRANSFER, rw::read),
     row("WRITE(16)", const { &cdb16(0x8a, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
     row("WRITE AND VERIFY(16)", const { &cdb16(0x8e, DPO_BYTCHK_LOW) }, Out, Write, TRANSFER, verify::write_and_verify),
     row("VERIFY(16)", const { &cdb16(0x8f, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
     row("PRE-FETCH(16)", const { &cdb16(0x90, IMMED) }, NO, Read, QUICK, flush::prefetch),
     row("SYNCHRONIZE CACHE(16)", const { &cdb16(0x91, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache),
+    row("WRITE SAME(16)", const { &cdb16(0x93, UNMAP_ANCHOR | NDOB) }, Out, Write, FLUSH, write_same::write_same),
     row("READ CAPACITY(16)", &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, Read, QUICK, capacity::read_capacity_16).action(0x10),
+    row("GET LBA STATUS(16)", &[0x9e, 0x12, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, 0], In, Read, TRANSFER, lba_status::get_lba_status_16).action(0x12),
     row("REPORT LUNS", &[0xa0, 0, FF, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::report_luns).exempt(),
     row("REPORT SUPPORTED OPERATION CODES", &[0xa3, 0x0c, 0x87, FF, FF, FF, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::supported_operation_codes).action(0x0c),
     row("REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS", &[0xa3, 0x0d, 0x80, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::supported_task_management).action(0x0d),

@@ -3,9 +3,10 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Command, Context, Reply, ServiceAction, TABLE, wire};
+use super::{Command, Context, Reply, ServiceAction, offered, wire};
 use crate::scsi::UnitAttention;
 use crate::scsi::address::REPORT_LUNS_WLUN;
+use crate::scsi::lun::Lun;
 use crate::scsi::sense::ScsiError;
 use crate::scsi::target::Target;
 use crate::scsi::wire::{Cdb, U16, U32, bytes_of, len16, len32};
@@ -96,6 +97,7 @@ impl Command {
         match self.service_action {
             ServiceAction::None => None,
             ServiceAction::Byte1(action) => Some(action.into()),
+            ServiceAction::Variable(action) => Some(action),
         }
     }
 
@@ -144,12 +146,13 @@ pub(super) fn supported_operation_codes(context: Context<'_>) -> Result<Reply, S
     let cdb: &ReportOperationCodes = context.request.cdb.view()?;
     let with_timeouts = cdb.options & 0x80 != 0;
     let (opcode, action) = (cdb.requested_opcode, cdb.requested_action.get());
-    let has_actions = TABLE.iter().any(|c| c.opcode() == opcode && c.action_code().is_some());
-    let plain = || TABLE.iter().find(|c| c.opcode() == opcode && c.action_code().is_none());
-    let exact = || TABLE.iter().find(|c| c.opcode() == opcode && c.action_code() == Some(action));
-    let known = TABLE.iter().any(|c| c.opcode() == opcode);
+    let same_opcode = || offered(context.lun).filter(|c| c.opcode() == opcode);
+    let has_actions = same_opcode().any(|c| c.action_code().is_some());
+    let plain = || same_opcode().find(|c| c.action_code().is_none());
+    let exact = || same_opcode().find(|c| c.action_code() == Some(action));
+    let known = same_opcode().next().is_some();
     let found = match cdb.options & 7 {
-        0 => return Ok(all_commands(cdb, with_timeouts)),
+        0 => return Ok(all_commands(context.lun, cdb, with_timeouts)),
         // Asked without a service action where there are some, or the other way round: the question
         // makes no sense (SPC-5 table 297).
         1 if has_actions => return Err(ScsiError::cdb_field(2, 2)),
@@ -168,8 +171,8 @@ pub(super) fn supported_operation_codes(context: Context<'_>) -> Result<Reply, S
     Ok(Reply::Data { bytes, allocation: wire::allocation(cdb.allocation.get()) })
 }
 
-fn all_commands(cdb: &ReportOperationCodes, with_timeouts: bool) -> Reply {
-    let mut list: Vec<u8> = TABLE.iter().flat_map(|c| c.descriptor(with_timeouts)).collect();
+fn all_commands(lun: &Lun, cdb: &ReportOperationCodes, with_timeouts: bool) -> Reply {
+    let mut list: Vec<u8> = offered(lun).flat_map(|c| c.descriptor(with_timeouts)).collect();
     let mut bytes = len32(list.len()).to_bytes().to_vec();
     bytes.append(&mut list);
     Reply::Data { bytes, allocation: wire::allocation(cdb.allocation.get()) }

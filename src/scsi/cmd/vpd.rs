@@ -3,6 +3,7 @@
 
 use zerocopy::{Immutable, IntoBytes, Unaligned};
 
+use super::{unmap, write_same};
 use crate::scsi::lun::Lun;
 use crate::scsi::sense::ScsiError;
 use crate::scsi::wire::{U16, U32, U64, ascii_field, bytes_of, len8, len16};
@@ -138,6 +139,8 @@ struct BlockLimits {
 
 fn block_limits(lun: &Lun) -> Vec<u8> {
     let max_transfer = u32::try_from(lun.max_transfer_blocks()).unwrap_or(u32::MAX);
+    let thin = lun.is_thin();
+    let granularity = lun.settings().discard_granularity / lun.block_size();
     bytes_of(&BlockLimits {
         wsnz: 0,
         max_compare_and_write: 0,
@@ -145,11 +148,12 @@ fn block_limits(lun: &Lun) -> Vec<u8> {
         max_transfer: U32::new(max_transfer),
         optimal_transfer: U32::ZERO,
         max_prefetch: U32::ZERO,
-        max_unmap_blocks: U32::ZERO,
-        max_unmap_descriptors: U32::ZERO,
-        optimal_unmap_granularity: U32::ZERO,
-        unmap_alignment: U32::ZERO,
-        max_write_same: U64::ZERO,
+        max_unmap_blocks: U32::new(if thin { unmap::MAX_BLOCKS } else { 0 }),
+        max_unmap_descriptors: U32::new(if thin { unmap::MAX_DESCRIPTORS } else { 0 }),
+        optimal_unmap_granularity: U32::new(if thin { granularity } else { 0 }),
+        // UGAVALID: the granularity counts from LBA 0.
+        unmap_alignment: U32::new(if thin { 1 << 31 } else { 0 }),
+        max_write_same: U64::new(write_same::MAX_BYTES / u64::from(lun.block_size())),
         max_atomic: U32::ZERO,
         atomic_alignment: U32::ZERO,
         atomic_granularity: U32::ZERO,
@@ -174,7 +178,16 @@ fn block_device_characteristics(lun: &Lun) -> Vec<u8> {
     page
 }
 
-/// Nothing of provisioning is offered as long as UNMAP and WRITE SAME are not there.
-fn logical_block_provisioning(_: &Lun) -> Vec<u8> {
-    vec![0, 0, 0, 0]
+/// LBPU, LBPWS, LBPWS10, and LBPRZ 001b: unmapped blocks read as zeroes.
+const THIN: u8 = 0x80 | 0x40 | 0x20 | 0x04;
+/// ANC_SUP.
+const ANCHORS: u8 = 0x02;
+
+fn logical_block_provisioning(lun: &Lun) -> Vec<u8> {
+    let anchors = if lun.can_anchor() { ANCHORS } else { 0 };
+    match lun.is_thin() {
+        // PROVISIONING TYPE 2: thin.
+        true => vec![0, THIN | anchors, 2, 0],
+        false => vec![0, 0, 0, 0],
+    }
 }

@@ -1,0 +1,118 @@
+//! UNMAP (SBC-4 5.34).
+
+use std::sync::Arc;
+
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+
+use super::{Context, JobFn, Reply};
+use crate::scsi::lun::{ByteRange, Lun};
+use crate::scsi::sense::ScsiError;
+use crate::scsi::wire::{U16, U32, U64};
+use crate::store::engine::Cancel;
+
+/// MAXIMUM UNMAP BLOCK DESCRIPTOR COUNT.
+pub(super) const MAX_DESCRIPTORS: u32 = 256;
+
+/// MAXIMUM UNMAP LBA COUNT: no limit but the field's.
+pub(super) const MAX_BLOCKS: u32 = u32::MAX;
+
+/// Most bytes that one host call is asked to free: between calls an abort is heard.
+const STEP: u64 = 4 << 30;
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Header {
+    data_length: U16,
+    descriptors_length: U16,
+    reserved: U32,
+}
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Descriptor {
+    lba: U64,
+    blocks: U32,
+    reserved: U32,
+}
+
+/// What becomes of the blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// Their space is given back.
+    Deallocated,
+    /// They read as zeroes and have space.
+    Anchored,
+}
+
+impl Fate {
+    fn apply(self, lun: &Lun, range: ByteRange) -> Result<(), ScsiError> {
+        let result = match self {
+            Fate::Deallocated => lun.store().deallocate(range),
+            Fate::Anchored => lun.store().reserve(range),
+        };
+        result.map_err(|e| ScsiError::from_store(e, true, lun.block_size()))
+    }
+}
+
+/// UNMAP. Every descriptor is checked before any takes effect.
+pub(super) fn unmap(context: Context<'_>) -> Result<Reply, ScsiError> {
+    let cdb = &context.request.cdb;
+    let anchor = cdb.byte(1) & 1 != 0;
+    if anchor && !context.lun.can_anchor() {
+        return Err(ScsiError::cdb_field(1, 0));
+    }
+    let len = usize::from(u16::from_be_bytes([cdb.byte(7), cdb.byte(8)]));
+    if len == 0 {
+        return Ok(Reply::Good);
+    }
+    if context.request.data_out.len() < len {
+        return Err(ScsiError::Overrun);
+    }
+    let ranges = parse(context.lun, &context.request.data_out.to_vec(len))?;
+    let fate = if anchor { Fate::Anchored } else { Fate::Deallocated };
+    Ok(Reply::Job(job(context.lun, ranges, fate, len)))
+}
+
+/// The ranges of a parameter list.
+fn parse(lun: &Lun, list: &[u8]) -> Result<Vec<ByteRange>, ScsiError> {
+    let (header, rest) =
+        Header::ref_from_prefix(list).map_err(|_| ScsiError::PARAMETER_LIST_LENGTH)?;
+    let length = usize::from(header.descriptors_length.get());
+    let descriptors = rest.get(..length).ok_or(ScsiError::PARAMETER_LIST_LENGTH)?;
+    // What does not make a whole descriptor at the end is ignored.
+    let mut ranges = Vec::new();
+    let mut total = 0u64;
+    for (n, bytes) in (0u32..).zip(descriptors.chunks_exact(size_of::<Descriptor>())) {
+        let too_many = || ScsiError::parameter_field(2, None);
+        if n >= MAX_DESCRIPTORS {
+            return Err(too_many());
+        }
+        let descriptor = Descriptor::ref_from_bytes(bytes).map_err(|_| too_many())?;
+        total += u64::from(descriptor.blocks.get());
+        if total > MAX_BLOCKS.into() {
+            return Err(too_many());
+        }
+        ranges.push(lun.bytes(descriptor.lba.get(), descriptor.blocks.get().into())?);
+    }
+    Ok(ranges)
+}
+
+/// The work of freeing or anchoring ranges, after which `transferred` bytes of data-out were used.
+pub(super) fn job(lun: &Arc<Lun>, ranges: Vec<ByteRange>, fate: Fate, transferred: usize) -> JobFn {
+    let lun = Arc::clone(lun);
+    Box::new(move |cancel: &Cancel| {
+        for range in ranges {
+            let mut at = range.start;
+            while at < range.end {
+                if cancel.is_requested() {
+                    return Err(ScsiError::Aborted);
+                }
+                let end = range.end.min(at.saturating_add(STEP));
+                fate.apply(&lun, at..end)?;
+                at = end;
+            }
+        }
+        lun.settle()?;
+        Ok(transferred)
+    })
+}
