@@ -41,12 +41,13 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
     for unit in &units {
         let s = unit.settings();
         log::info!(
-            "target {} LUN {}: {} blocks of {} bytes, serial {}",
+            "target {} LUN {}: {} blocks of {} bytes, serial {}, {}",
             s.target,
             s.lun.get(),
             unit.blocks(),
             s.block_size,
-            s.serial
+            s.serial,
+            unit.store().capabilities().ways
         );
     }
     let offer = Offer { request_queues: cli.num_queues.into(), config_space: cli.config_space };

@@ -111,6 +111,11 @@ impl FileStore {
             deallocates: !block_device && deallocate.is_best(),
             reserves: !block_device && knowledge.fiemap && !reserve.is_last_resort(),
             transfer_align,
+            ways: format!(
+                "extents={knowledge} unmap={} zero={}",
+                deallocate.name(),
+                reserve.name()
+            ),
         };
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
         let pool = Pool::new(&name.chars().take(15).collect::<String>(), POOL_THREADS);
@@ -125,14 +130,6 @@ impl FileStore {
             pool,
         };
         store.check_size(options.block_size)?;
-        log::info!(
-            "{}: extents={} unmap={} zero={}{}",
-            path.display(),
-            store.knowledge,
-            store.deallocate.name(),
-            store.reserve.name(),
-            if options.direct { " direct" } else { "" }
-        );
         Ok(store)
     }
 

@@ -29,6 +29,7 @@ impl MemStore {
             deallocates: true,
             reserves: true,
             transfer_align: 1,
+            ways: "memory".into(),
         };
         MemStore { size, pages: Mutex::default(), capabilities, pool: Pool::new("mem", 2) }
     }

@@ -93,6 +93,8 @@ pub struct Capabilities {
     pub reserves: bool,
     /// Offsets and lengths of transfers must be multiples of this (1 without O_DIRECT).
     pub transfer_align: u32,
+    /// The host calls that were chosen, for the log.
+    pub ways: String,
 }
 
 /// A failed operation: why, and the first byte that is not as it should be.
