@@ -5,10 +5,10 @@ mod mounts;
 use std::fs::File;
 use std::path::Path;
 
-use mounts::{ALL, Kind, LoopDevice, Mount, skipped};
+use mounts::{ALL, Kind as FileSystem, LoopDevice, Mount, skipped};
 use thinlun::store::file::{FileStore, OpenOptionsFor};
 use thinlun::store::mem::MemStore;
-use thinlun::store::{Buffers, Cause, Durability, Store, StoreError};
+use thinlun::store::{Buffers, Cause, Durability, Extent, Kind, Store, StoreError};
 
 const SIZE: usize = 4 << 20;
 const BLOCK: usize = 512;
@@ -40,6 +40,8 @@ fn buffer(bytes: &[u8], skew: usize) -> Buffers {
 fn contract(name: &str, store: &dyn Store) {
     reads_zeroes_at_first(name, store);
     agrees_with_a_model(name, store);
+    space_operations_show(name, store);
+    fresh_data_in_reserved_space_is_data(name, store);
 }
 
 fn reads_zeroes_at_first(name: &str, store: &dyn Store) {
@@ -57,7 +59,16 @@ fn agrees_with_a_model(name: &str, store: &dyn Store) {
         let blocks = 1 + dice.below(64.min(SIZE / BLOCK - block));
         let (at, len) = (block * BLOCK, blocks * BLOCK);
         let skew = [0, 0, 512, 4, 1][dice.below(5)];
-        match dice.below(10) {
+        match dice.below(14) {
+            10 | 11 => {
+                store.deallocate(at as u64..(at + len) as u64).unwrap();
+                model[at..at + len].fill(0);
+            }
+            12 => {
+                store.reserve(at as u64..(at + len) as u64).unwrap();
+                model[at..at + len].fill(0);
+            }
+            13 => extents_agree(name, store, &model, at, 1 + dice.below(50)),
             0..=3 => {
                 let bytes = dice.bytes(len);
                 let durability =
@@ -72,6 +83,48 @@ fn agrees_with_a_model(name: &str, store: &dyn Store) {
         }
     }
     assert_holds(name, store, &model, 0, 0, true);
+}
+
+/// Extents from `at` on touch each other, and no byte that is not zero is in a hole or unwritten.
+fn extents_agree(name: &str, store: &dyn Store, model: &[u8], at: usize, limit: usize) {
+    let extents = store.extents(at as u64..SIZE as u64, limit).unwrap();
+    assert!(!extents.is_empty() && extents.len() <= limit, "{name}");
+    let mut next = at as u64;
+    for extent in extents {
+        assert_eq!(extent.range.start, next, "{name}");
+        next = extent.range.end;
+        let bytes = &model[extent.range.start as usize..extent.range.end as usize];
+        let zero = bytes.iter().all(|byte| *byte == 0);
+        assert!(extent.kind == Kind::Data || zero, "{name}: fresh data in {extent:?}");
+    }
+}
+
+/// What one call on a whole aligned range leaves behind, where the store can tell.
+fn space_operations_show(name: &str, store: &dyn Store) {
+    let can = store.capabilities().clone();
+    let (range, around) = (1 << 20..2 << 20, 0..SIZE as u64);
+    let at = |kind| Extent { range: range.clone(), kind };
+    store.write(0, &buffer(&vec![3; SIZE], 0), Durability::Stable).unwrap();
+    if can.deallocates {
+        store.deallocate(range.clone()).unwrap();
+        assert!(store.extents(around.clone(), 9).unwrap().contains(&at(Kind::Hole)), "{name}");
+    }
+    if can.reserves {
+        store.reserve(range.clone()).unwrap();
+        assert!(store.extents(around, 9).unwrap().contains(&at(Kind::Reserved)), "{name}");
+    }
+}
+
+/// The one lie that destroys data: space reserved and on the disk, then a write that was not flushed.
+fn fresh_data_in_reserved_space_is_data(name: &str, store: &dyn Store) {
+    for at in [0, 1 << 20, SIZE as u64 - 4096] {
+        store.reserve(0..SIZE as u64).unwrap();
+        store.flush().unwrap();
+        store.write(at, &buffer(&[9; 4096], 0), Durability::Cached).unwrap();
+        let extents = store.extents(0..SIZE as u64, 99).unwrap();
+        let hit = extents.iter().find(|e| e.range.contains(&at)).unwrap();
+        assert_eq!(hit.kind, Kind::Data, "{name}: a fresh write at {at}: {extents:?}");
+    }
 }
 
 /// The store holds these bytes at `at`, read into memory that is `skew` bytes off.
@@ -105,7 +158,7 @@ fn memory() {
     contract("memory", &MemStore::new(SIZE as u64));
 }
 
-fn files_on(kind: Kind) {
+fn files_on(kind: FileSystem) {
     let Some(mount) = Mount::new(kind, 512) else { return };
     let path = mount.path().join("disk.img");
     for direct in [false, true] {
@@ -121,22 +174,22 @@ fn files_on(kind: Kind) {
 
 #[test]
 fn files_on_ext4() {
-    files_on(Kind::Ext4);
+    files_on(FileSystem::Ext4);
 }
 
 #[test]
 fn files_on_xfs() {
-    files_on(Kind::Xfs);
+    files_on(FileSystem::Xfs);
 }
 
 #[test]
 fn files_on_btrfs() {
-    files_on(Kind::Btrfs);
+    files_on(FileSystem::Btrfs);
 }
 
 #[test]
 fn files_on_tmpfs() {
-    files_on(Kind::Tmpfs);
+    files_on(FileSystem::Tmpfs);
 }
 
 #[test]
