@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::scsi::address::MAX_LUN;
-use crate::scsi::{Lun, LunNumber, LunSettings};
+use crate::scsi::{DetectZeroes, Lun, LunNumber, LunSettings};
 use crate::store::Store;
-use crate::store::file::{FileStore, OpenError, OpenOptionsFor, create_sparse, stable_name};
+use crate::store::file::{FileStore, OpenError, OpenOptionsFor, Provision, create, stable_name};
 
 /// Why the program does not start, and its exit status.
 #[derive(Debug, PartialEq, Eq)]
@@ -78,6 +78,10 @@ pub struct DiskConfig {
     pub discard: bool,
     /// OPTIMAL UNMAP GRANULARITY in bytes, if it was given.
     pub discard_granularity: Option<u64>,
+    /// What becomes of writes of zeroes.
+    pub detect_zeroes: DetectZeroes,
+    /// How much space a created file takes at once.
+    pub provision: Provision,
 }
 
 impl DiskConfig {
@@ -103,6 +107,8 @@ impl DiskConfig {
             cache: CacheMode::default(),
             discard: true,
             discard_granularity: None,
+            detect_zeroes: DetectZeroes::default(),
+            provision: Provision::default(),
         };
         let mut seen = BTreeSet::new();
         for option in parts {
@@ -136,15 +142,29 @@ impl DiskConfig {
             "size" => self.size = Some(size(given(value)?)?),
             "discard" => self.discard = switch(value)?,
             "discard-granularity" => self.discard_granularity = Some(size(given(value)?)?),
+            "detect-zeroes" => {
+                let choices = [
+                    ("off", DetectZeroes::Off),
+                    ("on", DetectZeroes::On),
+                    ("unmap", DetectZeroes::Unmap),
+                ];
+                self.detect_zeroes = choice(given(value)?, &choices)?;
+            }
+            "provision" => {
+                let choices = [
+                    ("thin", Provision::Thin),
+                    ("anchored", Provision::Anchored),
+                    ("full", Provision::Full),
+                ];
+                self.provision = choice(given(value)?, &choices)?;
+            }
             "cache" => {
-                self.cache = match given(value)? {
-                    "writeback" => CacheMode::Writeback,
-                    "direct" => CacheMode::Direct,
-                    "writethrough" => CacheMode::Writethrough,
-                    other => {
-                        return Err(format!("'{other}' is not writeback, direct or writethrough"));
-                    }
-                }
+                let choices = [
+                    ("writeback", CacheMode::Writeback),
+                    ("direct", CacheMode::Direct),
+                    ("writethrough", CacheMode::Writethrough),
+                ];
+                self.cache = choice(given(value)?, &choices)?;
             }
             _ => return Err("no such option (thinlun --help lists them)".into()),
         }
@@ -154,6 +174,12 @@ impl DiskConfig {
     fn check(&self) -> Result<(), String> {
         if self.physical_block_size.is_some_and(|p| p < self.block_size) {
             return Err("physical-block-size is smaller than block-size".into());
+        }
+        if self.detect_zeroes == DetectZeroes::Unmap && !self.discard {
+            return Err("detect-zeroes=unmap and discard=off exclude each other".into());
+        }
+        if self.provision != Provision::Thin && self.size.is_none() {
+            return Err("provision= is for files that are created: give size= too".into());
         }
         let granularity = self.discard_granularity.unwrap_or(self.block_size.into());
         if !granularity.is_power_of_two()
@@ -195,6 +221,7 @@ impl DiskConfig {
             rotational: self.rotational,
             discard: self.discard,
             discard_granularity: self.granularity(store),
+            detect_zeroes: self.detect_zeroes,
             write_cache: self.cache != CacheMode::Writethrough,
         })
     }
@@ -296,7 +323,7 @@ struct Created(Vec<PathBuf>);
 
 impl Created {
     fn create(&mut self, disk: &DiskConfig, size: u64) -> Result<(), StartError> {
-        create_sparse(&disk.path, size).map_err(|OpenError(why)| disk.host_error(&why))?;
+        create(&disk.path, size, disk.provision).map_err(|OpenError(why)| disk.host_error(&why))?;
         self.0.push(disk.path.clone());
         Ok(())
     }
@@ -338,6 +365,14 @@ fn switch(value: Option<&str>) -> Result<bool, String> {
         Some("off") => Ok(false),
         Some(other) => Err(format!("'{other}' is not on or off")),
     }
+}
+
+fn choice<T: Copy>(value: &str, choices: &[(&str, T)]) -> Result<T, String> {
+    let chosen = choices.iter().find(|(name, _)| *name == value);
+    chosen.map(|(_, choice)| *choice).ok_or_else(|| {
+        let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+        format!("'{value}' is not one of {}", names.join(", "))
+    })
 }
 
 fn number<T: TryFrom<u32>>(value: Option<&str>, max: u32) -> Result<T, String> {
@@ -453,6 +488,9 @@ mod tests {
             ("a,lun=1,lun=2", "given twice"),
             ("a,block-size=4096,physical-block-size=512", "smaller"),
             ("a,cache=none", "'none' is not"),
+            ("a,detect-zeroes=unmap,discard=off", "exclude"),
+            ("a,provision=full", "size="),
+            ("a,discard-granularity=3K", "power of two"),
         ] {
             let error = DiskConfig::parse(argument).unwrap_err();
             assert!(error.message.contains(part), "{argument}: {error}");

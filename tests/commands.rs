@@ -53,6 +53,7 @@ impl Bench {
             rotational: false,
             discard,
             discard_granularity: 4096,
+            detect_zeroes: Default::default(),
             write_cache: true,
         };
         let lun = Arc::new(Lun::new(settings, 0, Arc::new(store) as Arc<dyn Store>).unwrap());

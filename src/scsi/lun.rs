@@ -16,6 +16,18 @@ pub const MAX_TRANSFER: u64 = 32 << 20;
 /// Most blocks of a disk: every byte offset fits an `off_t`, with room to spare.
 const MAX_BYTES: u64 = 1 << 62;
 
+/// What becomes of writes of nothing but zeroes, as QEMU names it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectZeroes {
+    /// They are written.
+    #[default]
+    Off,
+    /// They become zeroed, reserved space.
+    On,
+    /// Their space is given back.
+    Unmap,
+}
+
 /// What a disk is configured to be.
 #[derive(Clone, Debug)]
 pub struct LunSettings {
@@ -37,6 +49,8 @@ pub struct LunSettings {
     pub discard: bool,
     /// OPTIMAL UNMAP GRANULARITY in bytes; a multiple of `block_size`.
     pub discard_granularity: u32,
+    /// What becomes of writes of zeroes.
+    pub detect_zeroes: DetectZeroes,
     /// Whether the write cache starts out enabled (WCE).
     pub write_cache: bool,
 }
@@ -174,13 +188,13 @@ impl Lun {
         self.is_thin() && self.store.capabilities().reserves
     }
 
-    /// What a command that writes other than by plain writes does at its end: without a write cache
-    /// its effect is stable before it is answered.
+    /// What a command that writes other than by plain writes does at its end: where its effect must
+    /// be stable before it is answered, it is made so.
     ///
     /// # Errors
     /// If the store cannot make it stable.
-    pub fn settle(&self) -> Result<(), ScsiError> {
-        if self.pages.write_cache() {
+    pub fn settle(&self, durability: Durability) -> Result<(), ScsiError> {
+        if durability == Durability::Cached {
             return Ok(());
         }
         self.store.flush().map_err(|e| ScsiError::from_store(e, true, self.block_size()))

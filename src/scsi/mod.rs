@@ -21,7 +21,7 @@ use crate::store::{Buffers, Operation, StoreError};
 pub use address::LunNumber;
 pub use attention::{Nexus, UnitAttention};
 pub use dispatch::execute;
-pub use lun::{Lun, LunSettings};
+pub use lun::{DetectZeroes, Lun, LunSettings};
 pub use sense::ScsiError;
 pub use target::{Addressed, Target};
 pub use wire::Cdb;

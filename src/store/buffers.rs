@@ -147,6 +147,20 @@ impl Buffers {
         bytes
     }
 
+    /// Whether there is nothing but zeroes in it; looked at in pieces, the first others end it.
+    pub fn is_zero(&self) -> bool {
+        let mut piece = [0; 4096];
+        let mut at = 0;
+        while at < self.len {
+            let n = self.read_at(at, &mut piece);
+            if piece.iter().take(n).any(|byte| *byte != 0) {
+                return false;
+            }
+            at += n.max(1);
+        }
+        true
+    }
+
     /// Fills `len` bytes from `offset` on with zeroes.
     pub fn fill_zero(&self, offset: usize, len: usize) {
         self.for_each(offset, len, |base, n, _| {

@@ -10,7 +10,7 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use super::extents::{self, Knowledge};
 use super::lock::{LockError, lock_image};
-use super::space::{DEALLOCATE, Ladder, RESERVE};
+use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::{Buffers, Capabilities, Cause, Durability, Extent, Pool, Store, StoreError, sys};
 
 /// Threads that may block in one file at the same time.
@@ -64,14 +64,33 @@ impl From<&str> for OpenError {
     }
 }
 
-/// Makes a sparse file of `size` bytes where there is none yet.
+/// How much space a new file takes at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Provision {
+    /// None: it is one hole.
+    #[default]
+    Thin,
+    /// All of it, reserved and unwritten.
+    Anchored,
+    /// All of it, written with zeroes.
+    Full,
+}
+
+/// Makes a file of `size` zero bytes where there is none yet.
 ///
 /// # Errors
 /// If there is a file of that name, or the host cannot make one; then nothing is left behind.
-pub fn create_sparse(path: &Path, size: u64) -> Result<(), OpenError> {
+pub fn create(path: &Path, size: u64, provision: Provision) -> Result<(), OpenError> {
     let made = OpenOptions::new().write(true).create_new(true).open(path);
     let file = made.map_err(|e| format!("cannot create it: {}", plain(&e)))?;
-    file.set_len(size).map_err(|e| {
+    let filled = file.set_len(size).and_then(|()| match provision {
+        Provision::Thin => Ok(()),
+        Provision::Anchored => space::allocate_all(&file, size),
+        Provision::Full => space::fill(&file, size, |percent| {
+            log::info!("{}: {percent}% written", path.display());
+        }),
+    });
+    filled.map_err(|e| {
         let _ = std::fs::remove_file(path);
         OpenError(format!("cannot make it {size} bytes long: {}", plain(&e)))
     })

@@ -127,6 +127,25 @@ fn punch_and_allocate(file: &File, range: &Range<u64>) -> io::Result<()> {
     allocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, range)
 }
 
+/// Takes space for a whole new file.
+pub(super) fn allocate_all(file: &File, size: u64) -> io::Result<()> {
+    retry(|| allocate(file, FallocateFlags::empty(), &(0..size)))
+}
+
+/// Writes a whole new file with zeroes, and says how far it has come at each tenth.
+pub(super) fn fill(file: &File, size: u64, progress: impl Fn(u64)) -> io::Result<()> {
+    let tenth = (size / 10).max(1 << 20);
+    let mut at = 0;
+    while at < size {
+        let end = size.min(at + tenth);
+        write_zeroes(file, &(at..end))?;
+        at = end;
+        // Neither product overflows: a file is shorter than 2^63 bytes.
+        progress(at / (size / 100).max(1));
+    }
+    file.sync_data()
+}
+
 /// The way that is always there. O_DIRECT has its zeroes aligned like everything else.
 fn write_zeroes(file: &File, range: &Range<u64>) -> io::Result<()> {
     const CHUNK: u64 = 1 << 20;

@@ -1,12 +1,15 @@
 //! READ and WRITE (6, 10, 12, 16), and the CDB shapes that all block commands share (SBC-4 5.15 ff).
 
+use std::sync::Arc;
+
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::{Context, Reply};
-use crate::scsi::lun::BlockRange;
+use super::unmap::Fate;
+use super::{Context, JobFn, Reply};
+use crate::scsi::lun::{BlockRange, DetectZeroes, Lun};
 use crate::scsi::sense::ScsiError;
 use crate::scsi::wire::{Cdb, U16, U32, U64};
-use crate::store::Operation;
+use crate::store::{Buffers, Durability, Operation};
 
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -127,12 +130,44 @@ pub(super) fn write(context: Context<'_>) -> Result<Reply, ScsiError> {
     }
     let durability = context.lun.durability(cdb.fua());
     let from = exactly(context.request.data_out, range.bytes);
+    let fate = match context.lun.settings().detect_zeroes {
+        DetectZeroes::Unmap if context.lun.is_thin() => Some(Fate::Deallocated),
+        DetectZeroes::On | DetectZeroes::Unmap => Some(Fate::Anchored),
+        DetectZeroes::Off => None,
+    };
+    if let Some(fate) = fate {
+        return Ok(Reply::Job(write_unless_zero(context.lun, range, from, durability, fate)));
+    }
     let write = Operation::Write { offset: range.offset, from, durability };
     Ok(Reply::Transfer(write, range.bytes))
 }
 
+/// `detect-zeroes=`: a write of nothing but zeroes takes their fate, every other one is written.
+fn write_unless_zero(
+    lun: &Arc<Lun>,
+    range: BlockRange,
+    from: Buffers,
+    durability: Durability,
+    fate: Fate,
+) -> JobFn {
+    let lun = Arc::clone(lun);
+    Box::new(move |cancel| {
+        if cancel.is_requested() {
+            return Err(ScsiError::Aborted);
+        }
+        if from.is_zero() {
+            fate.apply(&lun, range.offset..range.offset + range.bytes as u64)?;
+            lun.settle(durability)?;
+        } else {
+            let written = lun.store().write(range.offset, &from, durability);
+            written.map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?;
+        }
+        Ok(range.bytes)
+    })
+}
+
 /// The first `len` bytes of a list that has at least as many; the list itself where it fits.
-fn exactly(list: crate::store::Buffers, len: usize) -> crate::store::Buffers {
+fn exactly(list: Buffers, len: usize) -> Buffers {
     if list.len() == len { list } else { list.slice(0, len) }
 }
 

@@ -45,7 +45,7 @@ pub(super) enum Fate {
 }
 
 impl Fate {
-    fn apply(self, lun: &Lun, range: ByteRange) -> Result<(), ScsiError> {
+    pub(super) fn apply(self, lun: &Lun, range: ByteRange) -> Result<(), ScsiError> {
         let result = match self {
             Fate::Deallocated => lun.store().deallocate(range),
             Fate::Anchored => lun.store().reserve(range),
@@ -112,7 +112,7 @@ pub(super) fn job(lun: &Arc<Lun>, ranges: Vec<ByteRange>, fate: Fate, transferre
                 at = end;
             }
         }
-        lun.settle()?;
+        lun.settle(lun.durability(false))?;
         Ok(transferred)
     })
 }

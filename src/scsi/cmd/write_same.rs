@@ -160,7 +160,7 @@ fn pattern(lun: &Arc<Lun>, range: ByteRange, block: Vec<u8>) -> JobFn {
                 .map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?;
             at += len as u64;
         }
-        lun.settle()?;
+        lun.settle(lun.durability(false))?;
         Ok(block.len())
     })
 }
