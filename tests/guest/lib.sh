@@ -2,6 +2,7 @@
 # shellcheck shell=bash
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+# shellcheck disable=SC2034
 cache=${THINLUN_CACHE:-$repository/target/guest}
 thinlun=${THINLUN:-$repository/target/release/thinlun}
 rig=$repository/tests/guest/rig
@@ -15,17 +16,22 @@ fail() {
     exit 1
 }
 
-# A directory that goes with the script, and whatever the script started.
+# A directory that goes with the script, and whatever the script started: the daemon, and the
+# processes that it lists in `started`.
 work=
 daemon=
+started=()
 make_work() {
     work=$(mktemp -d "${TMPDIR:-/tmp}/thinlun.XXXXXX")
-    trap clean_up EXIT
+    trap 'clean_up $?' EXIT
     trap 'exit 130' INT TERM
 }
 
 clean_up() {
-    local status=$?
+    local status=$1
+    for process in "${started[@]}"; do
+        kill "$process" 2>/dev/null || true
+    done
     stop_thinlun || true
     if [ "$status" -ne 0 ] && [ -s "$work/thinlun.log" ]; then
         say "--- the daemon's log:"
@@ -63,6 +69,14 @@ stop_thinlun() {
 
 # guest [RIG OPTIONS] SCRIPT [ARGS...]: boots a guest on the daemon's disks.
 guest() { "$rig" --socket "$socket" "$@"; }
+
+# start_guest: the same in the background, with the rig's process in $guest_process.
+guest_process=
+start_guest() {
+    "$rig" --socket "$socket" "$@" &
+    guest_process=$!
+    started+=("$guest_process")
+}
 
 # The in-guest script that belongs to the case that is running.
 guest_script() { printf '%s.guest' "${BASH_SOURCE[-1]}"; }

@@ -308,19 +308,22 @@ impl Command {
 
 const FF: u8 = 0xff;
 
-/// Usage of the ten-byte block CDB: flags, LBA, length. GROUP NUMBER is reserved: there are no groups.
+/// GROUP NUMBER: may be given, and means nothing as there are no groups (VPD 86 GROUP_SUP is zero).
+const GROUP: u8 = 0x3f;
+
+/// Usage of the ten-byte block CDB: flags, LBA, group, length.
 const fn cdb10(opcode: u8, flags: u8) -> [u8; 10] {
-    [opcode, flags, FF, FF, FF, FF, 0, FF, FF, 0]
+    [opcode, flags, FF, FF, FF, FF, GROUP, FF, FF, 0]
 }
 
 /// Usage of the twelve-byte block CDB.
 const fn cdb12(opcode: u8, flags: u8) -> [u8; 12] {
-    [opcode, flags, FF, FF, FF, FF, FF, FF, FF, FF, 0, 0]
+    [opcode, flags, FF, FF, FF, FF, FF, FF, FF, FF, GROUP, 0]
 }
 
 /// Usage of the sixteen-byte block CDB.
 const fn cdb16(opcode: u8, flags: u8) -> [u8; 16] {
-    [opcode, flags, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, 0, 0]
+    [opcode, flags, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, GROUP, 0]
 }
 
 /// Usage of WRITE SAME(32): LBA, expected tags, blocks. CONTROL is byte 1.
@@ -392,7 +395,7 @@ pub static TABLE: &[Command] = &[
     row("PRE-FETCH(10)", const { &cdb10(0x34, IMMED) }, NO, Read, QUICK, flush::prefetch),
     row("SYNCHRONIZE CACHE(10)", const { &cdb10(0x35, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache),
     row("WRITE SAME(10)", const { &cdb10(0x41, UNMAP_ANCHOR) }, Out, Write, FLUSH, write_same::write_same),
-    row("UNMAP", &[0x42, 1, 0, 0, 0, 0, 0, FF, FF, 0], Out, Write, FLUSH, unmap::unmap).if_thin(),
+    row("UNMAP", &[0x42, 1, 0, 0, 0, 0, GROUP, FF, FF, 0], Out, Write, FLUSH, unmap::unmap).if_thin(),
     row("LOG SENSE", &[0x4d, 0, FF, FF, 0, FF, FF, FF, FF, 0], In, NA, QUICK, log::log_sense),
     row("MODE SELECT(10)", &[0x55, 0x11, 0, 0, 0, 0, 0, FF, FF, 0], Out, NA, FLUSH, mode::mode_select),
     row("MODE SENSE(10)", &[0x5a, 0x18, FF, FF, 0, 0, 0, FF, FF, 0], In, NA, QUICK, mode::mode_sense),
