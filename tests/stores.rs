@@ -3,6 +3,7 @@
 mod mounts;
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use mounts::{ALL, Kind as FileSystem, LoopDevice, Mount, skipped};
@@ -161,6 +162,12 @@ fn memory() {
 fn files_on(kind: FileSystem) {
     let Some(mount) = Mount::new(kind, 512) else { return };
     let path = mount.path().join("disk.img");
+    fresh_file(&path, SIZE as u64);
+    let store = FileStore::open(&path, &options(false)).unwrap();
+    assert!(store.capabilities().deallocates, "{kind:?}");
+    assert_eq!(store.capabilities().reserves, kind != FileSystem::Tmpfs, "{kind:?}");
+    assert_eq!(path.metadata().unwrap().blocks(), 0, "{kind:?}: opening a file changed it");
+    drop(store);
     for direct in [false, true] {
         fresh_file(&path, SIZE as u64);
         match FileStore::open(&path, &options(direct)) {

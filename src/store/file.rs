@@ -121,14 +121,15 @@ impl FileStore {
         let host_block = host_block(&file, block_device).map_err(|e| plain(&e))?;
         let knowledge = Knowledge::probe(&file);
         let (deallocate, reserve) = (Ladder::new(DEALLOCATE), Ladder::new(RESERVE));
-        if !options.read_only && !block_device {
-            probe_space(&file, host_block, &deallocate, &reserve).map_err(|e| plain(&e))?;
-        }
+        let probed = !options.read_only
+            && !block_device
+            && probe_space(&file, path, host_block, &deallocate, &reserve)
+                .map_err(|e| plain(&e))?;
         let capabilities = Capabilities {
             read_only: options.read_only,
             host_block,
             deallocates: !block_device && deallocate.is_best(),
-            reserves: !block_device && knowledge.fiemap && !reserve.is_last_resort(),
+            reserves: probed && knowledge.fiemap && !reserve.is_last_resort(),
             transfer_align,
             ways: format!(
                 "extents={knowledge} unmap={} zero={}",
@@ -293,20 +294,26 @@ impl Store for FileStore {
     }
 }
 
-/// Tries the space operations on a block behind the end of the file, where they change nothing that
-/// anybody sees, so that the ladders start on the rung that this file has.
+/// Finds the rungs of the ladders that this file has, without changing it: a hole is punched behind
+/// its end, and space is reserved in an unnamed file beside it. Says whether that could be tried.
 fn probe_space(
     file: &File,
+    path: &Path,
     host_block: u32,
     deallocate: &Ladder,
     reserve: &Ladder,
-) -> io::Result<()> {
-    let end = file.metadata()?.len().next_multiple_of(host_block.into());
-    let behind = end..end + u64::from(host_block);
-    deallocate.probe(file, &behind);
-    reserve.probe(file, &behind);
-    deallocate.probe(file, &behind);
-    Ok(())
+) -> io::Result<bool> {
+    let block = u64::from(host_block);
+    let end = file.metadata()?.len().next_multiple_of(block);
+    deallocate.probe(file, &(end..end + block));
+    let directory = stable_name(path)?;
+    let directory = directory.parent().unwrap_or(Path::new("/"));
+    let scratch =
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(directory);
+    let Ok(scratch) = scratch else { return Ok(false) };
+    scratch.set_len(block)?;
+    reserve.probe(&scratch, &(0..block));
+    Ok(true)
 }
 
 /// Whether `path` is a block device; an error unless it is that or a regular file.

@@ -327,39 +327,10 @@ const fn cdb16(opcode: u8, flags: u8) -> [u8; 16] {
 }
 
 /// Usage of WRITE SAME(32): LBA, expected tags, blocks. CONTROL is byte 1.
+#[rustfmt::skip]
 const WRITE_SAME_32: [u8; 32] = [
-    0x7f,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0x18,
-    0,
-    0x0d,
-    UNMAP_ANCHOR | NDOB,
-    0,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
-    FF,
+    0x7f, 0, 0, 0, 0, 0, GROUP, 0x18, 0, 0x0d, UNMAP_ANCHOR | NDOB, 0, FF, FF, FF, FF,
+    FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF,
 ];
 
 /// Usage of GET LBA STATUS(32): report type, LBA, scan length, allocation length. CONTROL is byte 1.
