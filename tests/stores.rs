@@ -204,6 +204,7 @@ fn a_block_device() {
     let Some(device) = LoopDevice::new(SIZE as u64 >> 20) else { return };
     for direct in [false, true] {
         let store = FileStore::open(&device.device, &options(direct)).unwrap();
+        assert!(store.capabilities().deallocates && !store.capabilities().reserves);
         store.write(0, &buffer(&vec![0; SIZE], 0), Durability::Stable).unwrap();
         contract(&format!("loop device direct={direct}"), &store);
     }

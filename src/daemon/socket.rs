@@ -96,8 +96,8 @@ fn inherit(fd: RawFd) -> Result<Socket, String> {
     // SAFETY: open, checked above; whoever passed it by number gave it to us, and it is taken once.
     let owned = unsafe { OwnedFd::from_raw_fd(fd) };
     Ok(match listening {
-        true => Socket { listener: Some(owned.into()), connected: None, made: None },
-        false => Socket { listener: None, connected: Some(owned.into()), made: None },
+        true => Socket { listener: Some(owned.into()), connected: None, _made: None },
+        false => Socket { listener: None, connected: Some(owned.into()), _made: None },
     })
 }
 
@@ -127,7 +127,7 @@ fn listen(path: &Path, stale: bool) -> io::Result<Socket> {
     listener.set_nonblocking(true)?;
     let metadata = path.symlink_metadata()?;
     let made = Made { path: path.to_owned(), inode: (metadata.dev(), metadata.ino()) };
-    Ok(Socket { listener: Some(listener), connected: None, made: Some(made) })
+    Ok(Socket { listener: Some(listener), connected: None, _made: Some(made) })
 }
 
 /// Where front ends come from.
@@ -135,8 +135,7 @@ pub(super) struct Socket {
     listener: Option<UnixListener>,
     connected: Option<UnixStream>,
     /// Removed when the program ends.
-    #[allow(dead_code)]
-    made: Option<Made>,
+    _made: Option<Made>,
 }
 
 impl Socket {

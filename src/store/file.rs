@@ -10,6 +10,7 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use super::extents::{self, Knowledge};
 use super::lock::{LockError, lock_image};
+use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::{Buffers, Capabilities, Cause, Durability, Extent, Pool, Store, StoreError, sys};
 
@@ -37,6 +38,8 @@ pub struct FileStore {
     memory_align: usize,
     /// How much it tells about its extents.
     knowledge: Knowledge,
+    /// Who tells in its place, for a loop device.
+    backing: Option<BackingFile>,
     deallocate: Ladder,
     reserve: Ladder,
     pool: Pool,
@@ -119,7 +122,11 @@ impl FileStore {
         let (memory_align, transfer_align) =
             if options.direct { direct_alignment(&file, options.block_size)? } else { (1, 1) };
         let host_block = host_block(&file, block_device).map_err(|e| plain(&e))?;
-        let knowledge = Knowledge::probe(&file);
+        let backing = if block_device { BackingFile::of(&file) } else { None };
+        let knowledge = match &backing {
+            Some(backing) => backing.knowledge(),
+            None => Knowledge::probe(&file),
+        };
         let (deallocate, reserve) = (Ladder::new(DEALLOCATE), Ladder::new(RESERVE));
         let probed = !options.read_only
             && !block_device
@@ -128,7 +135,10 @@ impl FileStore {
         let capabilities = Capabilities {
             read_only: options.read_only,
             host_block,
-            deallocates: !block_device && deallocate.is_best(),
+            deallocates: match block_device {
+                true => sys::discards(&file),
+                false => deallocate.is_best(),
+            },
             reserves: probed && knowledge.fiemap && !reserve.is_last_resort(),
             transfer_align,
             ways: format!(
@@ -145,6 +155,7 @@ impl FileStore {
             capabilities,
             memory_align,
             knowledge,
+            backing,
             deallocate,
             reserve,
             pool,
@@ -278,7 +289,13 @@ impl Store for FileStore {
     }
 
     fn extents(&self, range: Range<u64>, limit: usize) -> Result<Vec<Extent>, StoreError> {
-        Ok(extents::walk(&self.file, self.knowledge, range, limit))
+        match &self.backing {
+            None => Ok(extents::walk(&self.file, self.knowledge, range, limit)),
+            Some(backing) => {
+                let extents = backing.extents(&self.file, range, limit);
+                extents.map_err(|e| Cause::from(&e).into())
+            }
+        }
     }
 
     fn deallocate(&self, range: Range<u64>) -> Result<(), StoreError> {

@@ -10,6 +10,7 @@ pub mod extents;
 mod fiemap;
 pub mod file;
 pub mod lock;
+mod loop_device;
 pub mod mem;
 pub mod pool;
 mod space;

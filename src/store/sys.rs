@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 
 use super::Buffers;
 
@@ -77,7 +78,56 @@ pub(super) fn direct_io_alignment(file: &File) -> Option<(u32, u32)> {
         .then_some((stat.stx_dio_mem_align, stat.stx_dio_offset_align))
 }
 
+/// Whether a block device gives space back when it is asked to (queue/discard_max_bytes).
+pub(super) fn discards(file: &File) -> bool {
+    let Ok(metadata) = file.metadata() else { return false };
+    let number = metadata.rdev();
+    let device = format!(
+        "/sys/dev/block/{}:{}",
+        nix::sys::stat::major(number),
+        nix::sys::stat::minor(number)
+    );
+    // A partition has its queue one level up.
+    ["queue", "../queue"].iter().any(|queue| {
+        let limit = std::fs::read_to_string(format!("{device}/{queue}/discard_max_bytes"));
+        limit.is_ok_and(|limit| limit.trim() != "0")
+    })
+}
+
+/// What a loop device says about the file behind it.
+pub(super) struct LoopStatus {
+    /// `st_dev` of the file.
+    pub device: u64,
+    /// `st_ino` of the file.
+    pub inode: u64,
+    /// First byte of the file that belongs to the device.
+    pub offset: u64,
+}
+
+/// `struct loop_info64` (linux/loop.h).
+#[repr(C)]
+#[derive(Default)]
+struct LoopInfo64 {
+    device: u64,
+    inode: u64,
+    rdevice: u64,
+    offset: u64,
+    size_limit: u64,
+    numbers: [u32; 4],
+    // Names and keys, 64 + 64 + 32 + 16 bytes, which we do not look at.
+    rest: [u64; 22],
+}
+
+/// Asks a block device for its loop status (LOOP_GET_STATUS64).
+pub(super) fn loop_status(file: &File) -> io::Result<LoopStatus> {
+    let mut info = LoopInfo64::default();
+    // SAFETY: the kernel writes one `struct loop_info64`, which has this size and layout.
+    unsafe { ioctl::loop_get_status64(file.as_raw_fd(), &mut info) }?;
+    Ok(LoopStatus { device: info.device, inode: info.inode, offset: info.offset })
+}
+
 mod ioctl {
+    nix::ioctl_read_bad!(loop_get_status64, 0x4c05, super::LoopInfo64);
     nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
     nix::ioctl_read_bad!(blksszget, 0x1268, libc::c_int);
 }

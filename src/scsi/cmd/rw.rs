@@ -54,38 +54,62 @@ struct Cdb16 {
     control: u8,
 }
 
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Cdb32 {
+    opcode: u8,
+    control: u8,
+    reserved: [u8; 4],
+    group: u8,
+    additional_length: u8,
+    service_action: U16,
+    flags: u8,
+    reserved2: u8,
+    lba: U64,
+    /// Expected tags: there is no protection information to hold them against.
+    tags: [u8; 8],
+    blocks: U32,
+}
+
 /// What every block command's CDB says, whatever its length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BlockCdb {
     pub lba: u64,
     pub blocks: u64,
-    flags: u8,
+    pub flags: u8,
+    /// Which byte the flags are, for field pointers.
+    pub flags_byte: u16,
 }
 
 impl BlockCdb {
     /// Reads the shape that the group code of the opcode stands for (SPC-5 4.2.5.1).
     pub(super) fn parse(cdb: &Cdb) -> Result<Self, ScsiError> {
-        Ok(match cdb.opcode() >> 5 {
+        let (flags_byte, (lba, blocks, flags)) = match cdb.opcode() >> 5 {
             0 => {
                 let c: &Cdb6 = cdb.view()?;
                 let lba = u64::from(c.lba_high & 0x1f) << 16 | u64::from(c.lba_low);
                 // Zero means 256 blocks, in the six-byte commands only.
                 let blocks = if c.blocks == 0 { 256 } else { u64::from(c.blocks) };
-                BlockCdb { lba, blocks, flags: 0 }
+                (1, (lba, blocks, 0))
             }
-            1 => {
+            1 | 2 => {
                 let c: &Cdb10 = cdb.view()?;
-                BlockCdb { lba: c.lba.into(), blocks: c.blocks.into(), flags: c.flags }
+                (1, (c.lba.into(), c.blocks.into(), c.flags))
+            }
+            3 => {
+                let c: &Cdb32 = cdb.view()?;
+                (10, (c.lba.into(), c.blocks.into(), c.flags))
             }
             5 => {
                 let c: &Cdb12 = cdb.view()?;
-                BlockCdb { lba: c.lba.into(), blocks: c.blocks.into(), flags: c.flags }
+                (1, (c.lba.into(), c.blocks.into(), c.flags))
             }
             _ => {
                 let c: &Cdb16 = cdb.view()?;
-                BlockCdb { lba: c.lba.into(), blocks: c.blocks.into(), flags: c.flags }
+                (1, (c.lba.into(), c.blocks.into(), c.flags))
             }
-        })
+        };
+        Ok(BlockCdb { lba, blocks, flags, flags_byte })
     }
 
     /// Force unit access. DPO, the bit above it, is a hint about caching that we have no use for.

@@ -2,13 +2,11 @@
 
 use std::sync::Arc;
 
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
-
+use super::rw::BlockCdb;
 use super::unmap::{self, Fate};
 use super::{Context, JobFn, Reply};
 use crate::scsi::lun::{ByteRange, Lun};
 use crate::scsi::sense::{ScsiError, asc};
-use crate::scsi::wire::{Cdb, U16, U32, U64};
 use crate::store::engine::Cancel;
 use crate::store::{Buffers, Durability};
 
@@ -18,99 +16,34 @@ pub(super) const MAX_BYTES: u64 = 4 << 30;
 /// Bytes that a pattern is written in at a time.
 const CHUNK: usize = 1 << 20;
 
-#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct WriteSame10 {
-    opcode: u8,
-    flags: u8,
-    lba: U32,
-    group: u8,
-    blocks: U16,
-    control: u8,
-}
-
-#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct WriteSame16 {
-    opcode: u8,
-    flags: u8,
-    lba: U64,
-    blocks: U32,
-    group: u8,
-    control: u8,
-}
-
-#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct WriteSame32 {
-    opcode: u8,
-    control: u8,
-    reserved: [u8; 4],
-    group: u8,
-    additional_length: u8,
-    service_action: U16,
-    flags: u8,
-    reserved2: u8,
-    lba: U64,
-    /// Expected tags: there is no protection information to hold them against.
-    tags: [u8; 8],
-    blocks: U32,
-}
-
-/// What the three forms say.
-struct WriteSame {
-    lba: u64,
-    blocks: u64,
-    flags: u8,
-    /// Where the flags are, for field pointers.
-    flags_byte: u16,
-}
-
 const UNMAP: u8 = 0x08;
 const ANCHOR: u8 = 0x10;
 const NDOB: u8 = 0x01;
 
-impl WriteSame {
-    fn parse(cdb: &Cdb) -> Result<Self, ScsiError> {
-        Ok(match cdb.opcode() {
-            0x41 => {
-                let c: &WriteSame10 = cdb.view()?;
-                let (lba, blocks) = (c.lba.into(), c.blocks.into());
-                WriteSame { lba, blocks, flags: c.flags, flags_byte: 1 }
-            }
-            0x93 => {
-                let c: &WriteSame16 = cdb.view()?;
-                let (lba, blocks) = (c.lba.into(), c.blocks.into());
-                WriteSame { lba, blocks, flags: c.flags, flags_byte: 1 }
-            }
-            _ => {
-                let c: &WriteSame32 = cdb.view()?;
-                let (lba, blocks) = (c.lba.into(), c.blocks.into());
-                WriteSame { lba, blocks, flags: c.flags, flags_byte: 10 }
-            }
-        })
-    }
+/// A WRITE SAME of any length.
+struct WriteSame(BlockCdb);
 
+impl WriteSame {
     fn has(&self, flag: u8) -> bool {
-        self.flags & flag != 0
+        self.0.flags & flag != 0
     }
 
     /// UNMAP only where unmapping is offered, ANCHOR only with UNMAP and where there are anchors.
     fn check_flags(&self, lun: &Lun) -> Result<(), ScsiError> {
         if self.has(ANCHOR) && !(self.has(UNMAP) && lun.can_anchor()) {
-            return Err(ScsiError::cdb_field(self.flags_byte, 4));
+            return Err(ScsiError::cdb_field(self.0.flags_byte, 4));
         }
         if self.has(UNMAP) && !lun.is_thin() {
-            return Err(ScsiError::cdb_field(self.flags_byte, 3));
+            return Err(ScsiError::cdb_field(self.0.flags_byte, 3));
         }
         Ok(())
     }
 
     /// The range; zero blocks reach to the last one (WSNZ is zero).
     fn range(&self, lun: &Lun) -> Result<ByteRange, ScsiError> {
-        let rest = lun.blocks().checked_sub(self.lba).ok_or(ScsiError::LBA_OUT_OF_RANGE)?;
-        let blocks = if self.blocks == 0 { rest } else { self.blocks };
-        let range = lun.bytes(self.lba, blocks)?;
+        let rest = lun.blocks().checked_sub(self.0.lba).ok_or(ScsiError::LBA_OUT_OF_RANGE)?;
+        let blocks = if self.0.blocks == 0 { rest } else { self.0.blocks };
+        let range = lun.bytes(self.0.lba, blocks)?;
         match range.end - range.start > MAX_BYTES {
             true => Err(ScsiError::illegal(asc::INVALID_FIELD_IN_CDB)),
             false => Ok(range),
@@ -121,7 +54,7 @@ impl WriteSame {
 /// WRITE SAME. Zeroes take the cheap way; a payload that is not zero is written whatever UNMAP says.
 pub(super) fn write_same(context: Context<'_>) -> Result<Reply, ScsiError> {
     let lun = context.lun;
-    let command = WriteSame::parse(&context.request.cdb)?;
+    let command = WriteSame(BlockCdb::parse(&context.request.cdb)?);
     command.check_flags(lun)?;
     let range = command.range(lun)?;
     let needed = if command.has(NDOB) { 0 } else { lun.block_size() as usize };
