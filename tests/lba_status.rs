@@ -1,0 +1,418 @@
+//! GET LBA STATUS, UNMAP and WRITE SAME over the socket, on real file systems, held against a model,
+//! `qemu-img map` and `filefrag`.
+
+mod frontend;
+mod mounts;
+
+use std::fs::OpenOptions;
+use std::path::Path;
+use std::process::Command;
+
+use frontend::daemon::{Scratch, host_write};
+use frontend::pattern::{Rng, assert_same};
+use frontend::scsi::sense;
+use frontend::*;
+use mounts::{ALL, Kind, Mount, skipped};
+use nix::fcntl::{FallocateFlags, fallocate};
+
+const SIZE: u64 = 8 * MIB;
+/// The unit in which all four file systems keep data here.
+const HOST_BLOCK: u64 = 4096;
+
+const MAPPED: u8 = 0;
+const DEALLOCATED: u8 = 1;
+const ANCHORED: u8 = 2;
+
+const WS_UNMAP: u8 = 0x08;
+const WS_ANCHOR: u8 = 0x10;
+const WS_NDOB: u8 = 0x01;
+
+/// One descriptor of the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    lba: u64,
+    blocks: u64,
+    status: u8,
+}
+
+/// What one GET LBA STATUS answers: the runs, and the byte with condition and RTP.
+fn query(lun: &Lun<'_>, cdb: Cdb, len: usize) -> (Vec<Run>, u8) {
+    let answer = lun.run_in(cdb, len).expect_good();
+    let data = answer.data();
+    let stated = u32::from_be_bytes(data[..4].try_into().unwrap()) as usize + 4;
+    assert!(stated >= data.len(), "{stated} bytes stated, {} came", data.len());
+    let runs = data[8..].chunks_exact(16).map(|d| Run {
+        lba: u64::from_be_bytes(d[..8].try_into().unwrap()),
+        blocks: u32::from_be_bytes(d[8..12].try_into().unwrap()).into(),
+        status: d[12] & 0x0f,
+    });
+    (runs.collect(), data[7])
+}
+
+/// The whole disk, asked for in pieces of `count` descriptors; every block's status.
+fn statuses(lun: &Lun<'_>, count: usize) -> Vec<u8> {
+    let capacity = lun.capacity().0;
+    let len = 8 + 16 * count;
+    let mut all = Vec::new();
+    while (all.len() as u64) < capacity {
+        let lba = all.len() as u64;
+        let cdb = if lba.is_multiple_of(2) {
+            cdb::get_lba_status16(lba, len as u32, 0)
+        } else {
+            cdb::get_lba_status32(lba, 0, len as u32, 0)
+        };
+        let (runs, _) = query(lun, cdb, len);
+        assert!(!runs.is_empty() && runs.len() <= count);
+        assert_eq!(runs[0].lba, lba, "the first descriptor is where it was asked for");
+        assert!(runs.windows(2).all(|w| w[0].status != w[1].status), "unmerged: {runs:?}");
+        for run in runs {
+            assert_eq!(run.lba, all.len() as u64, "a gap or an overlap");
+            assert!(run.blocks > 0);
+            all.resize(all.len() + run.blocks as usize, run.status);
+        }
+    }
+    assert_eq!(all.len() as u64, capacity);
+    all
+}
+
+/// A disk on a file system, served, with a model of its bytes.
+struct Bench {
+    kind: Kind,
+    daemon: Daemon,
+    path: std::path::PathBuf,
+    model: Vec<u8>,
+    _mount: Mount,
+}
+
+impl Bench {
+    /// `prepare` lays the file out before it is served.
+    fn new(
+        kind: Kind,
+        size: u64,
+        options: &str,
+        prepare: impl FnOnce(&Path, &mut Vec<u8>),
+    ) -> Option<Self> {
+        let mount = Mount::new(kind, 512)?;
+        let path = mount.path().join("disk.img");
+        std::fs::File::create(&path).unwrap().set_len(size).unwrap();
+        let mut model = vec![0; size as usize];
+        prepare(&path, &mut model);
+        let scratch = Scratch::new();
+        let daemon = Daemon::builder(&scratch).disk(&path, options).spawn();
+        Some(Bench { kind, daemon, path, model, _mount: mount })
+    }
+
+    fn can_anchor(&self) -> bool {
+        self.kind != Kind::Tmpfs
+    }
+
+    /// The disk's own word against the model and the host's tools.
+    fn check(&self, lun: &Lun<'_>, count: usize) {
+        let block = lun.block_size;
+        let all = statuses(lun, count);
+        for (status, bytes) in all.iter().zip(self.model.chunks(block)) {
+            let zero = bytes.iter().all(|byte| *byte == 0);
+            assert!(*status == MAPPED || zero, "{:?}: data is called {status}", self.kind);
+        }
+        let whole: Vec<u8> = all.iter().flat_map(|s| std::iter::repeat_n(*s, block)).collect();
+        self.check_qemu_img(&whole);
+        self.check_filefrag(&whole);
+    }
+
+    /// `qemu-img map` asks lseek: data is mapped, what reads as zeroes is not.
+    fn check_qemu_img(&self, whole: &[u8]) {
+        let map = Command::new("qemu-img")
+            .args(["map", "-U", "-f", "raw", "--output=json"])
+            .arg(&self.path)
+            .output();
+        let Ok(map) = map else {
+            return skipped("GET LBA STATUS was not held against qemu-img: it is not installed");
+        };
+        assert!(map.status.success(), "{}", String::from_utf8_lossy(&map.stderr));
+        let text = String::from_utf8(map.stdout).unwrap();
+        let mut seen = 0;
+        for line in text.lines().filter(|line| line.contains("\"start\"")) {
+            let number = |key: &str| -> usize {
+                let at = line.find(key).unwrap() + key.len() + 2;
+                let digits: String =
+                    line[at..].trim().chars().take_while(char::is_ascii_digit).collect();
+                digits.parse().unwrap()
+            };
+            let (start, len) = (number("\"start\""), number("\"length\""));
+            let data = line.contains("\"data\": true");
+            for (at, status) in whole.iter().enumerate().skip(start).take(len).step_by(512) {
+                assert_eq!(*status == MAPPED, data, "{:?}: byte {at}: {line}", self.kind);
+            }
+            seen += len;
+        }
+        assert!(seen >= whole.len() - 512, "qemu-img told of {seen} bytes");
+    }
+
+    /// `filefrag` asks FIEMAP: what has no extent is deallocated, anchored is unwritten.
+    fn check_filefrag(&self, whole: &[u8]) {
+        if self.kind == Kind::Tmpfs {
+            return assert!(!whole.contains(&ANCHORED), "tmpfs cannot tell anchored blocks");
+        }
+        let frag = Command::new("filefrag").args(["-v", "-b4096"]).arg(&self.path).output();
+        let Ok(frag) = frag else {
+            return skipped("GET LBA STATUS was not held against filefrag: it is not installed");
+        };
+        let text = String::from_utf8(frag.stdout).unwrap();
+        let blocks = whole.len().div_ceil(HOST_BLOCK as usize);
+        let mut extents: Vec<Option<bool>> = vec![None; blocks];
+        for line in text.lines() {
+            let fields: Vec<&str> = line.split(':').map(str::trim).collect();
+            if fields.len() < 5 || fields[0].parse::<u32>().is_err() {
+                continue;
+            }
+            let (from, to) = fields[1].split_once("..").unwrap();
+            let (from, to): (usize, usize) =
+                (from.trim().parse().unwrap(), to.trim().parse().unwrap());
+            let unwritten = line.contains("unwritten");
+            extents.iter_mut().take(to + 1).skip(from).for_each(|e| *e = Some(unwritten));
+        }
+        for (at, extent) in extents.iter().enumerate() {
+            let status = whole[at * HOST_BLOCK as usize];
+            let told = match extent {
+                None => status == DEALLOCATED || status == MAPPED,
+                Some(true) => status == ANCHORED || status == MAPPED,
+                Some(false) => status == MAPPED,
+            };
+            assert!(told, "{:?}: block {at} is {status}, filefrag says {extent:?}", self.kind);
+        }
+    }
+}
+
+fn host_allocate(path: &Path, from: u64, len: u64) {
+    let file = OpenOptions::new().write(true).open(path).unwrap();
+    fallocate(&file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from as i64, len as i64).unwrap();
+    file.sync_all().unwrap();
+}
+
+/// Data, holes, unwritten space, and fresh writes into it that nobody has flushed.
+fn random_layout(rng: &mut Rng, path: &Path, model: &mut [u8]) {
+    for _ in 0..40 {
+        let at = rng.below(model.len() as u64 / HOST_BLOCK) * HOST_BLOCK;
+        let len = (rng.between(1, 32) * HOST_BLOCK).min(model.len() as u64 - at);
+        match rng.below(3) {
+            0 => host_allocate(path, at, len),
+            _ => {
+                let len = rng.between(1, len) as usize;
+                let bytes = rng.bytes(len);
+                host_write(path, at, &bytes);
+                model[at as usize..][..bytes.len()].copy_from_slice(&bytes);
+            }
+        }
+    }
+}
+
+#[test]
+fn random_layouts_are_told_as_they_are() {
+    for kind in ALL {
+        for (size, options) in [(SIZE, "block-size=4096"), (SIZE, ""), (SIZE + 1536, "")] {
+            let mut rng = Rng::new(size ^ options.len() as u64);
+            let bench = Bench::new(kind, size, options, |path, model| {
+                random_layout(&mut rng, path, model);
+            });
+            let Some(bench) = bench else { continue };
+            let fe = FrontEnd::connect(&bench.daemon);
+            let lun = fe.ready_lun(0, 0);
+            for count in [1, 3, 4000] {
+                bench.check(&lun, count);
+            }
+        }
+    }
+}
+
+/// fallocate, fsync, one guest write without a flush, GET LBA STATUS at once: mapped.
+#[test]
+fn a_fresh_write_into_reserved_space_is_mapped_at_once() {
+    for kind in ALL {
+        let bench = Bench::new(kind, SIZE, "", |path, _| host_allocate(path, 0, SIZE));
+        let Some(bench) = bench else { continue };
+        let fe = FrontEnd::connect(&bench.daemon);
+        let lun = fe.ready_lun(0, 0);
+        for lba in [0, 8, 4096, SIZE / 512 - 8] {
+            lun.write16(lba, &[0x5a; 4096]);
+            let (runs, _) = query(&lun, cdb::get_lba_status16(lba, 24, 0), 24);
+            assert_eq!(runs[0].status, MAPPED, "{kind:?}, LBA {lba}: {runs:?}");
+        }
+    }
+}
+
+/// Random commands that write, free and reserve, with the model after each few of them.
+#[test]
+fn random_commands_agree_with_the_model() {
+    for kind in ALL {
+        for options in ["", "block-size=4096"] {
+            let Some(mut bench) = Bench::new(kind, SIZE, options, |_, _| {}) else { continue };
+            let mut rng = Rng::new(0x7417);
+            let fe = FrontEnd::connect(&bench.daemon);
+            let lun = fe.ready_lun(0, 0);
+            let block = lun.block_size;
+            let capacity = SIZE / block as u64;
+            let can_anchor = bench.can_anchor();
+            for step in 0..300 {
+                let lba = rng.below(capacity);
+                let count = rng.between(1, 200.min(capacity - lba) + 1).min(capacity - lba);
+                let range = lba as usize * block..(lba + count) as usize * block;
+                let anchor = can_anchor && rng.one_in(2);
+                match rng.below(6) {
+                    0 | 1 => {
+                        let bytes = rng.bytes(range.len());
+                        lun.write16(lba, &bytes);
+                        bench.model[range].copy_from_slice(&bytes);
+                    }
+                    2 => {
+                        let list = cdb::unmap_list(&[(lba, count as u32), (lba, 0)]);
+                        lun.run_out(cdb::unmap(anchor, list.len() as u16), &list).expect_good();
+                        bench.model[range].fill(0);
+                    }
+                    3 => {
+                        let flags = WS_UNMAP | if anchor { WS_ANCHOR } else { 0 };
+                        let zero = vec![0; block];
+                        lun.run_out(cdb::write_same16(flags, lba, count as u32), &zero)
+                            .expect_good();
+                        bench.model[range].fill(0);
+                    }
+                    4 => {
+                        // A payload that is not zero is written, UNMAP or not.
+                        let flags = if rng.one_in(2) { WS_UNMAP } else { 0 };
+                        let pattern = rng.bytes(block);
+                        lun.run_out(cdb::write_same32(flags, lba, count as u32), &pattern)
+                            .expect_good();
+                        bench.model[range]
+                            .chunks_mut(block)
+                            .for_each(|b| b.copy_from_slice(&pattern));
+                    }
+                    _ => {
+                        lun.run(cdb::write_same16(WS_NDOB, lba, count as u32)).expect_good();
+                        bench.model[range].fill(0);
+                    }
+                }
+                if step % 60 == 59 {
+                    bench.check(&lun, rng.between(1, 100) as usize);
+                    for at in (0..capacity).step_by(1024) {
+                        let n = 1024.min(capacity - at);
+                        let expected = &bench.model[at as usize * block..][..n as usize * block];
+                        assert_same(
+                            &lun.read16(at, n as u32),
+                            expected,
+                            &format!("{kind:?} {step}"),
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_wire_format_is_the_standards() {
+    let daemon = Daemon::with_disk(SIZE, "");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let blocks = SIZE / 512;
+    lun.write16(1024, &[1; 4096]);
+    let run = |lba, blocks, status| Run { lba, blocks, status };
+    let all = [run(0, 1024, 1), run(1024, 8, 0), run(1032, blocks - 1032, 1)];
+
+    let (runs, flags) = query(&lun, cdb::get_lba_status16(0, 4096, 0), 4096);
+    assert_eq!((&runs[..], flags), (&all[..], 3 << 1 | 1), "end of medium, RTP");
+    let (runs, flags) = query(&lun, cdb::get_lba_status16(1000, 40, 0), 40);
+    assert_eq!(runs, [run(1000, 24, 1), run(1024, 8, 0)]);
+    assert_eq!(flags, 1 << 1 | 1, "allocation length");
+    let (runs, flags) = query(&lun, cdb::get_lba_status32(1000, 28, 4096, 0), 4096);
+    assert_eq!(runs, [run(1000, 24, 1), run(1024, 4, 0)]);
+    assert_eq!(flags, 2 << 1 | 1, "scan length");
+
+    let typed = |report| query(&lun, cdb::get_lba_status16(0, 4096, report), 4096).0;
+    assert_eq!(typed(1), [all[0], all[2]]);
+    assert_eq!(typed(2), [all[1]]);
+    assert_eq!(typed(3), [all[0], all[2]]);
+    assert_eq!(typed(4), []);
+    assert_eq!((typed(0x10), typed(0x11)), (vec![], vec![]));
+    lun.run_in(cdb::get_lba_status16(0, 4096, 5), 4096).expect_sense(sense::INVALID_FIELD_IN_CDB);
+
+    for lba in [blocks, blocks + 1, u64::MAX] {
+        let past = lun.run_in(cdb::get_lba_status16(lba, 24, 0), 24);
+        past.expect_sense(sense::LBA_OUT_OF_RANGE);
+    }
+    assert_eq!(lun.run(cdb::get_lba_status16(0, 0, 0)).expect_good().data(), []);
+    let long = lun.run_in(cdb::get_lba_status16(0, 24, 0), 24).expect_good().data().to_vec();
+    for len in 1..24 {
+        let short = lun.run_in(cdb::get_lba_status16(0, len, 0), len as usize).expect_good();
+        assert_eq!(short.data(), &long[..len as usize]);
+    }
+}
+
+#[test]
+fn unmap_lists_are_checked_before_anything_is_done() {
+    let daemon = Daemon::with_disk(SIZE, "");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let blocks = SIZE / 512;
+    let data = vec![7; 65536];
+    lun.write16(0, &data);
+    lun.run(cdb::unmap(false, 0)).expect_good();
+    for len in 1..8 {
+        let short = lun.run_out(cdb::unmap(false, len), &vec![0; len.into()]);
+        short.expect_sense((5, 0x1a, 0));
+    }
+    let unmap = |ranges: &[(u64, u32)]| {
+        let list = cdb::unmap_list(ranges);
+        lun.run_out(cdb::unmap(false, list.len() as u16), &list)
+    };
+    unmap(&[]).expect_good();
+    unmap(&[(0, 0), (blocks, 0)]).expect_good();
+    unmap(&[(0, 8), (blocks, 1)]).expect_sense(sense::LBA_OUT_OF_RANGE);
+    unmap(&[(0, 8), (u64::MAX, 0)]).expect_sense(sense::LBA_OUT_OF_RANGE);
+    unmap(&[(0, 1); 257]).expect_sense((5, 0x26, 0));
+    assert_same(&lun.read16(0, 128), &data, "nothing was done");
+    unmap(&[(0, 1); 256]).expect_good();
+    unmap(&[(8, 1), (17, 2)]).expect_good();
+    let mut expected = data;
+    for block in [0, 8, 17, 18] {
+        expected[block * 512..(block + 1) * 512].fill(0);
+    }
+    assert_same(&lun.read16(0, 128), &expected, "only what was named");
+}
+
+/// A full host file system ends a write, and an anchor, in 07/27/07 with the first block that failed;
+/// what was answered before stays, and when there is space again the guest goes on.
+#[test]
+fn a_full_host_is_told_and_left_again() {
+    const SPACE_ALLOCATION_FAILED: sense::Code = (7, 0x27, 7);
+    for kind in [Kind::Ext4, Kind::Tmpfs] {
+        let Some(mount) = Mount::new(kind, 64) else { continue };
+        let (path, filler) = (mount.path().join("disk.img"), mount.path().join("filler"));
+        std::fs::File::create(&path).unwrap().set_len(GIB).unwrap();
+        std::fs::write(&filler, vec![1; 16 << 20]).unwrap();
+        let scratch = Scratch::new();
+        let daemon = Daemon::builder(&scratch).disk(&path, "").spawn();
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        let chunk = vec![0xa7; MIB as usize];
+        let write = |lba: u64| lun.run_out(cdb::write16(lba, 2048), &chunk);
+        let mut lba = 0;
+        let failed = loop {
+            let answer = write(lba);
+            if !answer.is_good() {
+                break answer;
+            }
+            lba += 2048;
+            assert!(lba < GIB / 512, "{kind:?} never fills up");
+        };
+        let information = failed.expect_sense(SPACE_ALLOCATION_FAILED).information.unwrap();
+        assert!((lba..lba + 2048).contains(&information), "{kind:?}: {information} in {lba}");
+        if kind != Kind::Tmpfs {
+            let list = cdb::unmap_list(&[(GIB / 1024, 65536)]);
+            let anchor = lun.run_out(cdb::unmap(true, list.len() as u16), &list);
+            anchor.expect_sense(SPACE_ALLOCATION_FAILED);
+        }
+        assert_same(&lun.read16(0, 2048), &chunk, "what was written before");
+        std::fs::remove_file(&filler).unwrap();
+        eventually("a write to succeed again", || write(lba).is_good());
+        assert_same(&lun.read16(lba, 2048), &chunk, "what was written after");
+    }
+}
