@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::vhost::MAX_REQUEST_QUEUES;
 
 /// SCSI disks for QEMU guests from host files, over a vhost-user socket.
 #[derive(Debug, Parser)]
 #[command(version, about, after_help = DISK_HELP, max_term_width = 100)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Cli {
     /// Listen on this UNIX socket. A stale one is replaced, one that is in use is not.
     #[arg(long, value_name = "SOCK", conflicts_with = "fd")]
@@ -35,6 +36,46 @@ pub struct Cli {
     /// A disk: a raw file or a block device, and options for it.
     #[arg(value_name = "DISK[,key=value]...")]
     pub disks: Vec<String>,
+
+    /// Something else than serving.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What the program can do beside serving.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show which parts of a disk are mapped, anchored or deallocated; it may be in use.
+    Map(MapArgs),
+}
+
+/// Arguments of `thinlun map`.
+#[derive(Debug, Args)]
+pub struct MapArgs {
+    /// A raw file or a block device. It is only looked at.
+    pub disk: PathBuf,
+
+    /// How to print it.
+    #[arg(long, value_enum, default_value_t = Output::Human)]
+    pub output: Output,
+
+    /// Draw the picture again every so many seconds.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1",
+          conflicts_with = "output")]
+    pub watch: Option<u64>,
+
+    /// Cells in a row of the picture.
+    #[arg(long, default_value_t = 64)]
+    pub width: u16,
+}
+
+/// How to print something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// A table and a picture.
+    Human,
+    /// JSON, for programs.
+    Json,
 }
 
 const DISK_HELP: &str = "\

@@ -5,7 +5,7 @@
 //! table, checks it and plans what has to happen → an engine of [`store`] does it beside the queue
 //! thread → the same worker writes the response and publishes the used buffer.
 //!
-//! Imports run one way: `vhost` and `daemon` use `scsi` and `store`, `scsi` uses `store`, `store`
+//! Imports run one way: `map` uses `store` alone, `vhost` and `daemon` use `scsi` and `store`, `scsi` uses `store`, `store`
 //! uses nothing of ours.
 #![deny(unsafe_code, missing_docs, rust_2018_idioms, unreachable_pub)]
 #![deny(
@@ -25,6 +25,7 @@
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod map;
 pub mod scsi;
 pub mod store;
 pub mod vhost;

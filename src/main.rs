@@ -3,14 +3,18 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use thinlun::cli::Cli;
+use thinlun::cli::{Cli, Command};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
         .format_target(false)
         .init();
-    match thinlun::daemon::run(&cli) {
+    let result = match &cli.command {
+        Some(Command::Map(args)) => thinlun::map::run(args),
+        None => thinlun::daemon::run(&cli),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("thinlun: {error}");

@@ -119,6 +119,31 @@ impl FileStore {
             ),
             LockError::Host(e) => format!("cannot be locked: {}", plain(&e)).into(),
         })?;
+        let store = Self::assemble(file, path, block_device, options)?;
+        store.check_size(options.block_size)?;
+        Ok(store)
+    }
+
+    /// Opens `path` only to look at it: read-only, and without a lock, so that it may be in use.
+    ///
+    /// # Errors
+    /// A sentence for people if it is no disk or cannot be read.
+    pub fn inspect(path: &Path) -> Result<Self, OpenError> {
+        let options = OpenOptionsFor { read_only: true, direct: false, block_size: 512 };
+        if !path.exists() {
+            return Err("no such file".into());
+        }
+        let block_device = check_kind(path)?;
+        Self::assemble(open_file(path, &options)?, path, block_device, &options)
+    }
+
+    /// Finds out what an open file can do.
+    fn assemble(
+        file: File,
+        path: &Path,
+        block_device: bool,
+        options: &OpenOptionsFor,
+    ) -> Result<Self, OpenError> {
         let (memory_align, transfer_align) =
             if options.direct { direct_alignment(&file, options.block_size)? } else { (1, 1) };
         let host_block = host_block(&file, block_device).map_err(|e| plain(&e))?;
@@ -149,7 +174,7 @@ impl FileStore {
         };
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
         let pool = Pool::new(&name.chars().take(15).collect::<String>(), POOL_THREADS);
-        let store = FileStore {
+        Ok(FileStore {
             file,
             block_device,
             capabilities,
@@ -159,9 +184,7 @@ impl FileStore {
             deallocate,
             reserve,
             pool,
-        };
-        store.check_size(options.block_size)?;
-        Ok(store)
+        })
     }
 
     fn check_size(&self, block_size: u32) -> Result<(), OpenError> {
