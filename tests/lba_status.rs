@@ -416,3 +416,46 @@ fn a_full_host_is_told_and_left_again() {
         assert_same(&lun.read16(lba, 2048), &chunk, "what was written after");
     }
 }
+
+/// `detect-zeroes=`: writes of zeroes are not data; every other write is.
+#[test]
+fn writes_of_zeroes_are_detected_where_it_is_asked_for() {
+    for (options, zeroes_are_data) in
+        [("", true), ("detect-zeroes=on", false), ("detect-zeroes=unmap", false)]
+    {
+        let daemon = Daemon::with_disk(SIZE, options);
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        // Long enough that a file system does not rather write a few zeroes than split an extent.
+        let zeroes = vec![0; MIB as usize];
+        lun.write16(0, &vec![7; 2 * MIB as usize]);
+        // ext4 calls zeroed space data as long as what was there before has not reached the disk.
+        lun.synchronize_cache();
+        lun.write16(0, &zeroes);
+        let mut almost = vec![0; 16384];
+        almost[16383] = 1;
+        lun.write16(2048, &almost);
+        let status = |lba| query(&lun, cdb::get_lba_status16(lba, 24, 0), 24).0[0].status;
+        assert_eq!(status(0) == MAPPED, zeroes_are_data, "{options}");
+        assert_eq!(status(2048), MAPPED, "{options}");
+        assert_same(&lun.read16(0, 2048), &zeroes, options);
+        assert_same(&lun.read16(2048, 32), &almost, options);
+    }
+}
+
+/// `provision=`: how much space a created file takes at once.
+#[test]
+fn created_files_take_the_space_they_are_asked_to() {
+    use std::os::unix::fs::MetadataExt;
+    for (provision, takes_space) in [("thin", false), ("anchored", true), ("full", true)] {
+        let scratch = Scratch::new();
+        let path = scratch.join("disk.img");
+        let options = format!("size=4M,provision={provision}");
+        let daemon = Daemon::builder(&scratch).disk(&path, &options).spawn();
+        let fe = FrontEnd::connect(&daemon);
+        assert_eq!(fe.ready_lun(0, 0).capacity().0, 4 * MIB / 512);
+        let metadata = path.metadata().unwrap();
+        assert_eq!(metadata.len(), 4 * MIB);
+        assert_eq!(metadata.blocks() * 512 >= 4 * MIB, takes_space, "{provision}");
+    }
+}
