@@ -89,6 +89,7 @@ Disk options (a comma in a path or value is doubled; without lun= the disks are 
   cache=writethrough    every write is on stable storage before it is answered
   cache=direct          bypass the host's page cache (O_DIRECT)
   provision=KIND        space of a created file: thin (none), anchored (reserved) or full (written)
+  space-limit=SIZE      most space that the file may take, below what its file system has
   detect-zeroes=on|unmap  writes of zeroes reserve space, or give it back
   discard=off           do not offer thin provisioning (UNMAP, WRITE SAME with UNMAP)
   discard-granularity=N size in which unmapping pays (default: the host file's block)

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::scsi::address::MAX_LUN;
 use crate::scsi::{DetectZeroes, Lun, LunNumber, LunSettings};
 use crate::store::Store;
+use crate::store::budget::Budget;
 use crate::store::file::{FileStore, OpenError, OpenOptionsFor, Provision, create, stable_name};
 
 /// Why the program does not start, and its exit status.
@@ -82,6 +83,8 @@ pub struct DiskConfig {
     pub detect_zeroes: DetectZeroes,
     /// How much space a created file takes at once.
     pub provision: Provision,
+    /// Most bytes of space that the file may take, if there is such a limit.
+    pub space_limit: Option<u64>,
 }
 
 impl DiskConfig {
@@ -109,6 +112,7 @@ impl DiskConfig {
             discard_granularity: None,
             detect_zeroes: DetectZeroes::default(),
             provision: Provision::default(),
+            space_limit: None,
         };
         let mut seen = BTreeSet::new();
         for option in parts {
@@ -140,6 +144,7 @@ impl DiskConfig {
             "serial" => self.serial = Some(serial(given(value)?)?),
             "wwn" => self.naa = Some(naa(given(value)?)?),
             "size" => self.size = Some(size(given(value)?)?),
+            "space-limit" => self.space_limit = Some(size(given(value)?)?),
             "discard" => self.discard = switch(value)?,
             "discard-granularity" => self.discard_granularity = Some(size(given(value)?)?),
             "detect-zeroes" => {
@@ -180,6 +185,12 @@ impl DiskConfig {
         }
         if self.provision != Provision::Thin && self.size.is_none() {
             return Err("provision= is for files that are created: give size= too".into());
+        }
+        if let (Some(limit), Some(size)) = (self.space_limit, self.size)
+            && self.provision != Provision::Thin
+            && limit < size
+        {
+            return Err("provision= would take more space than space-limit= allows".into());
         }
         let granularity = self.discard_granularity.unwrap_or(self.block_size.into());
         if !granularity.is_power_of_two()
@@ -230,6 +241,18 @@ impl DiskConfig {
     fn granularity(&self, store: &FileStore) -> u32 {
         let given = self.discard_granularity.and_then(|g| u32::try_from(g).ok());
         given.unwrap_or(store.capabilities().host_block).max(self.block_size)
+    }
+
+    /// The store with its budget, if it has one.
+    fn limited(&self, store: FileStore) -> Result<Arc<dyn Store>, StartError> {
+        let Some(limit) = self.space_limit else { return Ok(Arc::new(store)) };
+        match store.space() {
+            Ok(Some(_)) => Ok(Arc::new(Budget::new(store, limit))),
+            Ok(None) => Err(self.host_error(
+                "space-limit= is for files; how much of a block device is in use is not known",
+            )),
+            Err(error) => Err(self.host_error(&error.to_string())),
+        }
     }
 
     fn host_error(&self, why: &str) -> StartError {
@@ -298,7 +321,7 @@ pub fn open_disks(disks: &[DiskConfig]) -> Result<Vec<Arc<Lun>>, StartError> {
     let mut units = Vec::new();
     for (((index, store), disk), lun) in open.into_iter().zip(disks).zip(luns) {
         let settings = disk.settings(lun, &store)?;
-        let unit = Lun::new(settings, index, Arc::new(store));
+        let unit = Lun::new(settings, index, disk.limited(store)?);
         units.push(Arc::new(unit.map_err(|e| disk.host_error(&e.to_string()))?));
     }
     created.keep();
@@ -490,6 +513,8 @@ mod tests {
             ("a,cache=none", "'none' is not"),
             ("a,detect-zeroes=unmap,discard=off", "exclude"),
             ("a,provision=full", "size="),
+            ("a,provision=full,size=2M,space-limit=1M", "space-limit"),
+            ("a,space-limit=0", "no size"),
             ("a,discard-granularity=3K", "power of two"),
         ] {
             let error = DiskConfig::parse(argument).unwrap_err();

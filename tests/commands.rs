@@ -372,7 +372,7 @@ fn provisioning_is_claimed_everywhere_or_nowhere() {
         assert_eq!(capacity[8..14], [0, 0, 2, 0, 0, 3]);
         assert_eq!(capacity[14], if thin { 0xc0 } else { 0 }, "LBPME and LBPRZ");
         let provisioning = bench.data(&[0x12, 1, 0xb2, 0, 255, 0], 255);
-        let expected = if thin { [0, 0xe6, 2, 0] } else { [0; 4] };
+        let expected = if thin { [11, 0xe6, 2, 0] } else { [0; 4] };
         assert_eq!(provisioning[4..], expected);
         let unmap = bench.run(&[0x42, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[], 0);
         let listed = bench.data(&[0xa3, 0x0c, 1, 0x42, 0, 0, 0, 0, 1, 0, 0, 0], 256);
@@ -387,6 +387,20 @@ fn provisioning_is_claimed_everywhere_or_nowhere() {
             same.expect_cdb_field(1, 3);
             assert_eq!(status[16..21], [0, 0, 8, 0, 0], "all mapped");
         }
+        let usage = bench.data(&[0xa3, 0x0c, 1, 0x93, 0, 0, 0, 0, 1, 0, 0, 0], 256);
+        assert_eq!(usage[5], if thin { 0x19 } else { 0x01 }, "UNMAP and ANCHOR");
+        // Space is watched where there is something to watch.
+        let pages = bench.data(&[0x4d, 0, 0, 0, 0, 0, 0, 0, 255, 0], 255);
+        assert_eq!(pages[4..], if thin { vec![0, 0x0c] } else { vec![0] });
+        let page = bench.run(&[0x1a, 8, 0x1c, 2, 255, 0], &[], 255);
+        let log = bench.run(&[0x4d, 0, 0x4c, 0, 0, 0, 0, 0, 255, 0], &[], 255);
+        if thin {
+            drop((page.expect_good(), log.expect_good()));
+        } else {
+            page.expect_cdb_field(3, 7);
+            log.expect_cdb_field(2, 5);
+        }
+        assert_eq!(bench.mode_sense(0x01)[4 + 7], if thin { 0x80 } else { 0 }, "LBPERE");
     }
 }
 
@@ -530,6 +544,184 @@ fn software_write_protect_protects() {
     bench.run(&[0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0], &[1; 512], 0).expect_sense(7, 0x2702);
     assert_eq!(bench.mode_sense(0x0a)[2] & 0x80, 0x80);
     assert_eq!(bench.data(&[0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0], 512), [0; 512]);
+}
+
+/// MODE SELECT of the Logical Block Provisioning page: enabled counts of MiB, or none.
+fn set_thresholds(bench: &Bench, available: Option<u32>, used: Option<u32>) {
+    let mut list = vec![0; 4];
+    list.extend(&bench.data(&[0x1a, 8, 0x1c, 2, 255, 0], 255)[4..]);
+    for (at, count) in [(4 + 16, available), (4 + 24, used)] {
+        list[at] = list[at] & 0x7f | if count.is_some() { 0x80 } else { 0 };
+        list[at + 4..at + 8].copy_from_slice(&count.unwrap_or(0).to_be_bytes());
+    }
+    bench.run(&[0x15, 0x10, 0, 0, list.len() as u8, 0], &list, 0).expect_good();
+}
+
+/// Sends TEST UNIT READY until it reports something, for at most some seconds.
+fn attention_within(bench: &Bench, seconds: u64) -> Option<Vec<u8>> {
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(seconds);
+    while std::time::Instant::now() < end {
+        let answer = bench.run(&[0; 6], &[], 0);
+        if answer.outcome.status != Status::Good {
+            return Some(answer.outcome.sense);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    None
+}
+
+#[test]
+fn thresholds_are_told_once_and_the_log_page_counts_space() {
+    const SIZE: u64 = 16 << 20;
+    let bench = Bench::over(MemStore::new(SIZE));
+    let page = bench.data(&[0x1a, 8, 0x1c, 2, 255, 0], 255);
+    let changeable = bench.data(&[0x1a, 8, 0x5c, 2, 255, 0], 255);
+    assert_eq!(page[4..8], [0x5c, 2, 0, 28]);
+    assert_eq!(page[20..36], [0, 1, 0, 0, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0]);
+    let bits = [0x80, 0, 0, 0, 0xff, 0xff, 0xff, 0xff];
+    assert_eq!(changeable[20..36], [bits, bits].concat());
+    let counts = || {
+        let log = bench.data(&[0x4d, 0, 0x4c, 0, 0, 0, 0, 0, 255, 0], 255);
+        assert_eq!(log[..8], [0x0c, 0, 0, 24, 0, 1, 3, 8]);
+        assert_eq!((log[12], log[24]), (2, 1), "scopes");
+        assert_eq!(log[16..20], [0, 2, 3, 8]);
+        (log[11], log[23])
+    };
+    assert_eq!(counts(), (16, 0));
+    set_thresholds(&bench, Some(12), Some(8));
+    assert_eq!(attention_within(&bench, 3), None, "nothing is reached");
+    let write = |mib: u32| {
+        let lba = (mib * 2048).to_be_bytes();
+        let cdb = [0x2a, 0, lba[0], lba[1], lba[2], lba[3], 0, 8, 0, 0];
+        bench.run(&cdb, &vec![1; 1 << 20], 0)
+    };
+    (0..4).for_each(|mib| drop(write(mib).expect_good()));
+    assert_eq!(counts(), (12, 4));
+    let sense = attention_within(&bench, 10).expect("a unit attention");
+    assert_eq!((sense[2], sense[12], sense[13]), (6, 0x38, 7));
+    assert_eq!((sense[0], &sense[3..7]), (0xf0, &[0, 0, 0, 16][..]), "the first descriptor");
+    assert_eq!(attention_within(&bench, 2), None, "once");
+    // It is told again after it was left.
+    bench.run(&[0x41, 8, 0, 0, 0, 0, 0, 0, 0, 0], &[0; 512], 0).expect_good();
+    assert_eq!(attention_within(&bench, 2), None);
+    for mib in 0..8 {
+        // One of the two attentions may come with a write.
+        if write(mib).outcome.status != Status::Good {
+            write(mib).expect_good();
+        }
+    }
+    set_thresholds(&bench, None, Some(8));
+    let sense = attention_within(&bench, 10).expect("a unit attention");
+    assert_eq!((sense[12], sense[13], sense[6]), (0x38, 7, 24), "the second descriptor");
+    // LBPERE off: nothing is told.
+    let mut list = vec![0; 4];
+    list.extend(&bench.mode_sense(0x01)[4..]);
+    list[4 + 7] &= 0x7f;
+    bench.run(&[0x15, 0x10, 0, 0, 16, 0], &list, 0).expect_good();
+    set_thresholds(&bench, Some(12), Some(8));
+    assert_eq!(attention_within(&bench, 2), None);
+}
+
+/// Fills the disk with a byte.
+fn fill(bench: &Bench, byte: u8) {
+    let same = [0x93, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    bench.run(&same, &[byte; 512], 0).expect_good();
+}
+
+fn read_all(bench: &Bench) -> Vec<u8> {
+    bench.data(&[0x28, 0, 0, 0, 0, 0, 0, (BLOCKS >> 8) as u8, 0, 0], BLOCKS as usize * 512)
+}
+
+fn first_status(bench: &Bench) -> u8 {
+    bench.data(&[0x9e, 0x12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 0, 0], 24)[20]
+}
+
+#[test]
+fn format_unit_makes_a_fresh_disk() {
+    for (thin, status) in [(true, 1), (false, 0)] {
+        let bench = if thin { Bench::new() } else { Bench::fully_provisioned() };
+        fill(&bench, 7);
+        bench.run(&[4, 0, 0, 0, 0, 0], &[], 0).expect_good();
+        assert_eq!(read_all(&bench), vec![0; BLOCKS as usize * 512]);
+        assert_eq!(first_status(&bench), status);
+    }
+    let bench = Bench::new();
+    let format = |list: &[u8]| bench.run(&[4, 0x10, 0, 0, 0, 0], list, 0);
+    let format_long = |list: &[u8]| bench.run(&[4, 0x38, 0, 0, 0, 0], list, 0);
+    fill(&bench, 7);
+    // A pattern, with the options about defects that there are.
+    format(&[0, 0xf8, 0, 0, 0, 1, 0, 3, 1, 2, 3]).expect_good();
+    let block: Vec<u8> = [1, 2, 3].into_iter().cycle().take(512).collect();
+    assert_eq!(read_all(&bench), block.repeat(BLOCKS as usize));
+    format(&[0, 0x88, 0, 0, 0, 1, 0, 1, 0]).expect_good();
+    assert_eq!((read_all(&bench)[0], first_status(&bench)), (0, 2), "zeroes, with their space");
+    format(&[0, 0x88, 0, 0, 0, 0, 0, 0]).expect_good();
+    assert_eq!(first_status(&bench), 1, "the default pattern");
+    format_long(&[0; 8]).expect_good();
+    // What is wrong is pointed at, and changes nothing.
+    fill(&bench, 9);
+    for (list, byte) in [
+        (&[1, 0, 0, 0][..], 0),
+        (&[0, 0x40, 0, 0], 1),
+        (&[0, 0, 0, 8], 2),
+        (&[0, 0x08, 0, 0, 0, 0, 0, 0], 1),
+        (&[0, 0x88, 0, 0, 0x20, 0, 0, 0], 4),
+        (&[0, 0x88, 0, 0, 0, 2, 0, 0], 5),
+        (&[0, 0x88, 0, 0, 0, 0, 0, 1, 0], 6),
+        (&[0, 0x88, 0, 0, 0, 1, 0, 0], 6),
+        (&[0, 0x88, 0, 0, 0, 1, 2, 1], 6),
+    ] {
+        let answer = format(list);
+        answer.expect_sense(5, 0x2600);
+        assert_eq!(answer.outcome.sense[17], byte, "{list:x?}");
+    }
+    format_long(&[0, 0, 0, 0x10, 0, 0, 0, 0]).expect_sense(5, 0x2600);
+    format_long(&[0, 0, 0, 0, 0, 0, 0, 8]).expect_sense(5, 0x2600);
+    for short in [&[0, 0, 0][..], &[0, 0x88, 0, 0, 0, 1, 0, 8, 1, 2]] {
+        assert_eq!(format(short).outcome.delivery, Delivery::Overrun);
+    }
+    assert_eq!(read_all(&bench), vec![9; BLOCKS as usize * 512]);
+}
+
+#[test]
+fn sanitize_erases_or_overwrites_everything() {
+    let bench = Bench::new();
+    let erase = |len: u8| bench.run(&[0x48, 2, 0, 0, 0, 0, 0, 0, len, 0], &[0; 8], 0);
+    let overwrite = |list: &[u8]| {
+        let [high, low] = (list.len() as u16).to_be_bytes();
+        bench.run(&[0x48, 1, 0, 0, 0, 0, 0, high, low, 0], list, 0)
+    };
+    fill(&bench, 7);
+    erase(0).expect_good();
+    assert_eq!((read_all(&bench), first_status(&bench)), (vec![0; BLOCKS as usize * 512], 1));
+    erase(8).expect_cdb_field(7, 7);
+    for (list, last) in [
+        (&[0x01, 0, 0, 4, 1, 2, 3, 4][..], [1, 2, 3, 4]),
+        (&[0x82, 0, 0, 2, 0xf0, 0x0f], [0xf0, 0x0f, 0xf0, 0x0f]),
+        (&[0x83, 0, 0, 1, 0], [0; 4]),
+    ] {
+        overwrite(list).expect_good();
+        assert_eq!(read_all(&bench), last.repeat(BLOCKS as usize * 128));
+        assert_eq!(first_status(&bench), 0, "overwritten is mapped, even with zeroes");
+    }
+    for len in [0, 4, 517] {
+        overwrite(&vec![1; len]).expect_cdb_field(7, 7);
+    }
+    for (list, byte) in [
+        (&[0, 0, 0, 1, 1][..], 0),
+        (&[0x21, 0, 0, 1, 1], 0),
+        (&[1, 1, 0, 1, 1], 1),
+        (&[1, 0, 0, 0, 1], 2),
+        (&[1, 0, 0, 2, 1], 2),
+    ] {
+        let answer = overwrite(list);
+        answer.expect_sense(5, 0x2600);
+        assert_eq!(answer.outcome.sense[17], byte, "{list:x?}");
+    }
+    // CRYPTOGRAPHIC ERASE: there is no key to change.
+    bench.run(&[0x48, 3, 0, 0, 0, 0, 0, 0, 0, 0], &[], 0).expect_cdb_field(1, 4);
+    bench.run(&[0x48, 0x1f, 0, 0, 0, 0, 0, 0, 0, 0], &[], 0).expect_good();
+    assert_eq!(bench.data(&[0x12, 1, 0xb1, 0, 255, 0], 255)[7], 0x40, "WABEREQ");
 }
 
 /// The README's table of commands, as it must stand there.

@@ -14,7 +14,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::cli::Cli;
 use crate::config::{DiskConfig, StartError, open_disks};
-use crate::scsi::Target;
+use crate::scsi::{Target, background};
 use crate::vhost::{Device, Offer};
 use signals::{Signal, Signals};
 use socket::{Endpoint, Socket};
@@ -50,6 +50,7 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
             unit.store().capabilities().ways
         );
     }
+    units.iter().for_each(background::resume);
     let offer = Offer { request_queues: cli.num_queues.into(), config_space: cli.config_space };
     let device = Arc::new(Device::new(Arc::new(Target::new(units)), offer));
     serve(&device, socket, &signals).map_err(|e| StartError::host(e.to_string()))

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::mode_pages::{AVAILABLE_AT, USED_AT};
 use super::sense::{Asc, Key, Sense, asc};
 
 /// A condition to be reported once to each initiator, most urgent first.
@@ -17,16 +18,22 @@ pub enum UnitAttention {
     CapacityChanged,
     /// Disks came or went.
     ReportedLunsChanged,
+    /// There is less space left than an initiator asked to be told of.
+    AvailableThreshold,
+    /// More space is used than an initiator asked to be told of.
+    UsedThreshold,
 }
 
 impl UnitAttention {
     /// All of them, in the order of reporting: a reset says more than anything it hides.
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 7] = [
         Self::PowerOnOrReset,
         Self::NexusLoss,
         Self::ModeParametersChanged,
         Self::CapacityChanged,
         Self::ReportedLunsChanged,
+        Self::AvailableThreshold,
+        Self::UsedThreshold,
     ];
 
     /// Its additional sense code.
@@ -37,12 +44,21 @@ impl UnitAttention {
             Self::ModeParametersChanged => asc::MODE_PARAMETERS_CHANGED,
             Self::CapacityChanged => asc::CAPACITY_DATA_CHANGED,
             Self::ReportedLunsChanged => asc::REPORTED_LUNS_DATA_CHANGED,
+            Self::AvailableThreshold | Self::UsedThreshold => {
+                asc::THIN_PROVISIONING_SOFT_THRESHOLD_REACHED
+            }
         }
     }
 
-    /// Its sense data.
+    /// Its sense data. A threshold is named by the place of its descriptor in the mode page (SBC-4
+    /// 4.7.3.7.6).
     pub fn sense(self) -> Sense {
-        Sense::new(Key::UnitAttention, self.asc())
+        let information = match self {
+            Self::AvailableThreshold => u64::try_from(AVAILABLE_AT).ok(),
+            Self::UsedThreshold => u64::try_from(USED_AT).ok(),
+            _ => None,
+        };
+        Sense { information, ..Sense::new(Key::UnitAttention, self.asc()) }
     }
 
     fn bit(self) -> u32 {

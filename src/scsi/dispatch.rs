@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::attention::Nexus;
 use super::cmd::{self, Access, Command, Context, Missing, Reply};
 use super::lun::Lun;
+use super::provisioning;
 use super::sense::ScsiError;
 use super::target::{Addressed, Target};
 use super::{Delivery, Outcome, Plan, Request, Transfer};
@@ -27,6 +28,7 @@ pub fn execute(target: &Target, nexus: &Arc<Nexus>, address: &Addressed, request
 }
 
 fn on_disk(target: &Target, nexus: &Arc<Nexus>, lun: &Arc<Lun>, request: Request) -> Plan {
+    provisioning::watch(target, lun);
     let data_in = request.data_in.clone();
     let reply = check(nexus, lun, &request).and_then(|command| {
         let context = Context { target, nexus, lun, request };
@@ -67,7 +69,8 @@ fn without_disk(target: &Target, number: u8, request: &Request, missing: Missing
 }
 
 /// What every command is checked for before its handler sees it, in the order of SAM-6 5.3.3 and
-/// SPC-5: known operation, unit attention, reserved bits, readiness, write protection.
+/// SPC-5: known operation, unit attention, reserved bits, operation under way, readiness, write
+/// protection.
 fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command, ScsiError> {
     let command = cmd::find(cmd::offered(lun), &request.cdb);
     let exempt = command.as_ref().is_ok_and(|c| c.exempt_from_attention);
@@ -75,7 +78,8 @@ fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command
         return Err(ScsiError::Check(attention.sense()));
     }
     let command = command?;
-    command.check_reserved_bits(&request.cdb)?;
+    command.check_reserved_bits(&request.cdb, Some(lun))?;
+    lun.background().check(command.tolerance())?;
     if command.access != Access::None {
         lun.check_ready()?;
     }

@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::Outcome;
 use super::address::LunNumber;
+use super::background::Background;
 use super::mode_pages::Pages;
+use super::provisioning::SpaceWatch;
 use super::sense::{Key, ScsiError, Sense, asc};
-use crate::store::{Durability, Store, StoreError};
+use crate::store::{Capabilities, Durability, Store, StoreError};
 
 /// Most bytes that one command may transfer or verify (VPD B0 MAXIMUM TRANSFER LENGTH).
 pub const MAX_TRANSFER: u64 = 32 << 20;
@@ -63,6 +65,8 @@ pub struct Lun {
     blocks: AtomicU64,
     started: AtomicBool,
     pages: Pages,
+    background: Background,
+    space_watch: Option<SpaceWatch>,
 }
 
 /// Bytes of the store, inside the disk.
@@ -91,7 +95,11 @@ impl Lun {
         index: usize,
         store: Arc<dyn Store>,
     ) -> Result<Self, StoreError> {
-        let pages = Pages::new(settings.write_cache);
+        let can = store.capabilities();
+        let thin = is_thin(&settings, can);
+        // Thresholds are about space that can still be taken, and there must be someone to ask.
+        let watched = thin && !can.read_only && store.space()?.is_some();
+        let pages = Pages::new(settings.write_cache, watched);
         let lun = Lun {
             settings,
             index,
@@ -99,6 +107,8 @@ impl Lun {
             blocks: AtomicU64::new(0),
             started: AtomicBool::new(true),
             pages,
+            background: Background::idle(),
+            space_watch: watched.then(SpaceWatch::new),
         };
         lun.refresh_capacity()?;
         Ok(lun)
@@ -122,6 +132,11 @@ impl Lun {
     /// Mode pages and what they switch.
     pub fn pages(&self) -> &Pages {
         &self.pages
+    }
+
+    /// The format or sanitize operation.
+    pub fn background(&self) -> &Background {
+        &self.background
     }
 
     /// Logical block size in bytes.
@@ -179,8 +194,12 @@ impl Lun {
     /// Whether thin provisioning is offered (LBPME): it was asked for, and the store gives space
     /// back, or nobody will ask it to.
     pub fn is_thin(&self) -> bool {
-        let can = self.store.capabilities();
-        self.settings.discard && (can.deallocates || can.read_only)
+        is_thin(&self.settings, self.store.capabilities())
+    }
+
+    /// What watches the space for it, if it can be watched.
+    pub fn space_watch(&self) -> Option<&SpaceWatch> {
+        self.space_watch.as_ref()
     }
 
     /// Whether blocks can be anchored (ANC_SUP).
@@ -263,4 +282,8 @@ impl Lun {
         self.set_started(true);
         self.pages.reset();
     }
+}
+
+fn is_thin(settings: &LunSettings, can: &Capabilities) -> bool {
+    settings.discard && (can.deallocates || can.read_only)
 }

@@ -5,10 +5,13 @@
 
 pub mod address;
 pub mod attention;
+pub mod background;
 pub mod cmd;
 pub mod dispatch;
+pub mod fill;
 pub mod lun;
 pub mod mode_pages;
+pub mod provisioning;
 pub mod sense;
 pub mod target;
 pub mod wire;

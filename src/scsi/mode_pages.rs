@@ -31,11 +31,29 @@ const WCE: Switch = Switch(CACHING, 2, 0x04);
 const D_SENSE: Switch = Switch(CONTROL, 2, 0x04);
 const SWP: Switch = Switch(CONTROL, 4, 0x08);
 
+const LBPERE: Switch = Switch(READ_WRITE_ERROR_RECOVERY, 7, 0x80);
+
 const READ_WRITE_ERROR_RECOVERY: u8 = 0x01;
 const DISCONNECT_RECONNECT: u8 = 0x02;
 const CACHING: u8 = 0x08;
 const CONTROL: u8 = 0x0a;
 const INFORMATIONAL_EXCEPTIONS: u8 = 0x1c;
+
+/// Subpage of INFORMATIONAL_EXCEPTIONS: Logical Block Provisioning.
+const PROVISIONING: u8 = 0x02;
+
+/// Byte of the Logical Block Provisioning page where the threshold descriptor for available space is.
+pub(super) const AVAILABLE_AT: usize = 16;
+/// The same for used space.
+pub(super) const USED_AT: usize = 24;
+
+/// ENABLED of a threshold descriptor.
+const ENABLED: u8 = 0x80;
+/// THRESHOLD ARMING 001b: armed increasing; zero is armed decreasing.
+const INCREASING: u8 = 0x01;
+/// THRESHOLD RESOURCE: available and used LBA mapping resources.
+const AVAILABLE: u8 = 0x01;
+const USED: u8 = 0x02;
 
 impl Page {
     /// A page of `len` bytes in all, with these bytes not zero.
@@ -75,14 +93,26 @@ pub struct Pages {
     write_cache: AtomicBool,
     descriptor_sense: AtomicBool,
     software_write_protect: AtomicBool,
+    thresholds: AtomicBool,
+}
+
+/// The thresholds that are set, in threshold sets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Thresholds {
+    /// Least space that may be left before initiators are told.
+    pub available: Option<u32>,
+    /// Most space that may be used before initiators are told.
+    pub used: Option<u32>,
 }
 
 impl Pages {
-    /// The pages as they are after power on.
-    pub fn new(write_cache: bool) -> Self {
+    /// The pages as they are after power on; `thresholds` says whether space can be watched.
+    pub fn new(write_cache: bool, thresholds: bool) -> Self {
         let wce = if write_cache { 0x04 } else { 0 };
-        let pages = vec![
-            Page::new(READ_WRITE_ERROR_RECOVERY, 0, 12, &[], &[]),
+        let lbpere = if thresholds { vec![LBPERE] } else { Vec::new() };
+        let lbpere_on: &[(usize, u8)] = if thresholds { &[(7, 0x80)] } else { &[] };
+        let mut pages = vec![
+            Page::new(READ_WRITE_ERROR_RECOVERY, 0, 12, lbpere_on, &lbpere),
             Page::new(DISCONNECT_RECONNECT, 0, 16, &[], &[]),
             Page::new(CACHING, 0, 20, &[(2, wce)], &[WCE]),
             // GLTSD: nothing of the log pages is saved. Unrestricted reordering. BUSY TIMEOUT
@@ -98,11 +128,15 @@ impl Pages {
             // DEXCPT: there are no informational exceptions to report.
             Page::new(INFORMATIONAL_EXCEPTIONS, 0, 12, &[(2, 0x08)], &[]),
         ];
+        if thresholds {
+            pages.push(provisioning_page());
+        }
         let all = Pages {
             pages: Mutex::new(pages),
             write_cache: AtomicBool::new(write_cache),
             descriptor_sense: AtomicBool::new(false),
             software_write_protect: AtomicBool::new(false),
+            thresholds: AtomicBool::new(false),
         };
         all.apply(&all.lock());
         all
@@ -121,6 +155,18 @@ impl Pages {
         self.write_cache.store(is_set(WCE), Ordering::Release);
         self.descriptor_sense.store(is_set(D_SENSE), Ordering::Release);
         self.software_write_protect.store(is_set(SWP), Ordering::Release);
+        let any = thresholds(pages) != Thresholds::default();
+        self.thresholds.store(any && is_set(LBPERE), Ordering::Release);
+    }
+
+    /// Whether an initiator wants to be told of space that runs out.
+    pub fn has_thresholds(&self) -> bool {
+        self.thresholds.load(Ordering::Acquire)
+    }
+
+    /// The thresholds that are set.
+    pub fn thresholds(&self) -> Thresholds {
+        thresholds(&self.lock())
     }
 
     /// WCE: writes may be answered before they are stable.
@@ -190,6 +236,32 @@ impl Pages {
         self.apply(&pages);
         Ok(changed)
     }
+}
+
+/// The Logical Block Provisioning page (SBC-4 6.5.9): one threshold for what is left, one for what is
+/// used, both off.
+fn provisioning_page() -> Page {
+    let set = [
+        (AVAILABLE_AT + 1, AVAILABLE),
+        (USED_AT, INCREASING),
+        (USED_AT + 1, USED),
+    ];
+    let counts = [AVAILABLE_AT, USED_AT].into_iter().flat_map(|at| at + 4..at + 8);
+    let mut switches: Vec<Switch> =
+        counts.map(|byte| Switch(INFORMATIONAL_EXCEPTIONS, byte, 0xff)).collect();
+    switches.extend([AVAILABLE_AT, USED_AT].map(|at| Switch(INFORMATIONAL_EXCEPTIONS, at, ENABLED)));
+    Page::new(INFORMATIONAL_EXCEPTIONS, PROVISIONING, USED_AT + 8, &set, &switches)
+}
+
+fn thresholds(pages: &[Page]) -> Thresholds {
+    let page = pages.iter().find(|p| (p.code, p.subpage) == (INFORMATIONAL_EXCEPTIONS, PROVISIONING));
+    let count = |at: usize| match page?.current.get(at..at + 8)? {
+        [flags, _, _, _, count @ ..] if flags & ENABLED != 0 => {
+            Some(u32::from_be_bytes(count.try_into().ok()?))
+        }
+        _ => None,
+    };
+    Thresholds { available: count(AVAILABLE_AT), used: count(USED_AT) }
 }
 
 /// Takes over the page at byte `at` of the list; returns where the next one begins.

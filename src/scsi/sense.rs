@@ -27,6 +27,8 @@ pub mod asc {
     use super::Asc;
     pub const NONE: Asc = 0x0000;
     pub const NOT_READY_INITIALIZING_COMMAND_REQUIRED: Asc = 0x0402;
+    pub const NOT_READY_FORMAT_IN_PROGRESS: Asc = 0x0404;
+    pub const NOT_READY_SANITIZE_IN_PROGRESS: Asc = 0x041b;
     pub const WRITE_ERROR: Asc = 0x0c00;
     pub const UNRECOVERED_READ_ERROR: Asc = 0x1100;
     pub const PARAMETER_LIST_LENGTH_ERROR: Asc = 0x1a00;
@@ -43,6 +45,9 @@ pub mod asc {
     pub const I_T_NEXUS_LOSS: Asc = 0x2907;
     pub const MODE_PARAMETERS_CHANGED: Asc = 0x2a01;
     pub const CAPACITY_DATA_CHANGED: Asc = 0x2a09;
+    pub const MEDIUM_FORMAT_CORRUPTED: Asc = 0x3100;
+    pub const SANITIZE_COMMAND_FAILED: Asc = 0x3103;
+    pub const THIN_PROVISIONING_SOFT_THRESHOLD_REACHED: Asc = 0x3807;
     pub const SAVING_PARAMETERS_NOT_SUPPORTED: Asc = 0x3900;
     pub const REPORTED_LUNS_DATA_CHANGED: Asc = 0x3f0e;
     pub const INTERNAL_TARGET_FAILURE: Asc = 0x4400;
@@ -55,10 +60,19 @@ pub struct Sense {
     pub key: Key,
     /// Additional sense code and qualifier.
     pub asc: Asc,
-    /// Which field was wrong, for ILLEGAL REQUEST.
-    pub field: Option<FieldPointer>,
+    /// What is said beyond that, as the sense key defines it.
+    pub specific: Option<KeySpecific>,
     /// INFORMATION: an LBA or an offset, as the command defines.
     pub information: Option<u64>,
+}
+
+/// Sense key specific data (SPC-5 4.4.2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeySpecific {
+    /// Which field was wrong, for ILLEGAL REQUEST.
+    Field(FieldPointer),
+    /// How far a long operation has come, in 65536ths, for NOT READY and NO SENSE.
+    Progress(u16),
 }
 
 /// Points at the field in error (SPC-5 4.4.2.4.2).
@@ -75,7 +89,7 @@ pub struct FieldPointer {
 impl Sense {
     /// Sense data without details.
     pub const fn new(key: Key, asc: Asc) -> Self {
-        Sense { key, asc, field: None, information: None }
+        Sense { key, asc, specific: None, information: None }
     }
 
     /// Encodes in fixed (70h) or descriptor (72h) format.
@@ -88,7 +102,7 @@ impl Sense {
         let information = self.information.and_then(|i| u32::try_from(i).ok());
         let [asc, ascq] = self.asc.to_be_bytes();
         let [i0, i1, i2, i3] = information.unwrap_or(0).to_be_bytes();
-        let [s0, s1, s2] = self.field.map_or([0; 3], FieldPointer::encode);
+        let [s0, s1, s2] = self.specific.map_or([0; 3], KeySpecific::encode);
         let valid = if information.is_some() { 0x80 } else { 0 };
         vec![
             0x70 | valid,
@@ -119,14 +133,26 @@ impl Sense {
             descriptors.extend([0x00, 0x0a, 0x80, 0x00]);
             descriptors.extend(information.to_be_bytes());
         }
-        if let Some(field) = self.field {
-            let [s0, s1, s2] = field.encode();
+        if let Some(specific) = self.specific {
+            let [s0, s1, s2] = specific.encode();
             descriptors.extend([0x02, 0x06, 0, 0, s0, s1, s2, 0]);
         }
         let len = u8::try_from(descriptors.len()).unwrap_or(u8::MAX);
         let mut sense = vec![0x72, self.key as u8, asc, ascq, 0, 0, 0, len];
         sense.append(&mut descriptors);
         sense
+    }
+}
+
+impl KeySpecific {
+    fn encode(self) -> [u8; 3] {
+        match self {
+            KeySpecific::Field(field) => field.encode(),
+            KeySpecific::Progress(progress) => {
+                let [high, low] = progress.to_be_bytes();
+                [0x80, high, low]
+            }
+        }
     }
 }
 
@@ -178,7 +204,7 @@ impl ScsiError {
 
     const fn field(asc: Asc, in_cdb: bool, byte: u16, bit: Option<u8>) -> Self {
         let mut sense = Sense::new(Key::IllegalRequest, asc);
-        sense.field = Some(FieldPointer { in_cdb, byte, bit });
+        sense.specific = Some(KeySpecific::Field(FieldPointer { in_cdb, byte, bit }));
         ScsiError::Check(sense)
     }
 
@@ -201,7 +227,7 @@ impl ScsiError {
             Cause::Cancelled => return ScsiError::Aborted,
         };
         let information = error.at.map(|at| at / u64::from(block_size.max(1)));
-        ScsiError::Check(Sense { key, asc, field: None, information })
+        ScsiError::Check(Sense { key, asc, specific: None, information })
     }
 }
 
@@ -227,6 +253,14 @@ mod tests {
         assert_eq!(bytes[8..], [0, 10, 0x80, 0, 0, 0, 0, 1, 0, 0, 0, 0]);
         let small = Sense { information: Some(7), ..sense };
         assert_eq!(small.encode(false)[..7], [0xf0, 0, 3, 0, 0, 0, 7]);
+    }
+
+    #[test]
+    fn progress_is_sense_key_specific() {
+        let specific = Some(KeySpecific::Progress(0x1234));
+        let sense = Sense { specific, ..Sense::new(Key::NotReady, 0x0404) };
+        assert_eq!(sense.encode(false)[15..18], [0x80, 0x12, 0x34]);
+        assert_eq!(sense.encode(true)[8..], [2, 6, 0, 0, 0x80, 0x12, 0x34, 0]);
     }
 
     #[test]

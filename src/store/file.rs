@@ -12,7 +12,9 @@ use super::extents::{self, Knowledge};
 use super::lock::{LockError, lock_image};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
-use super::{Buffers, Capabilities, Cause, Durability, Extent, Pool, Store, StoreError, sys};
+use super::{
+    Buffers, Capabilities, Cause, Durability, Extent, Notes, Pool, Space, Store, StoreError, sys,
+};
 
 /// Threads that may block in one file at the same time.
 const POOL_THREADS: usize = 16;
@@ -42,6 +44,7 @@ pub struct FileStore {
     backing: Option<BackingFile>,
     deallocate: Ladder,
     reserve: Ladder,
+    notes: Notes,
     pool: Pool,
 }
 
@@ -119,8 +122,14 @@ impl FileStore {
             ),
             LockError::Host(e) => format!("cannot be locked: {}", plain(&e)).into(),
         })?;
-        let store = Self::assemble(file, path, block_device, options)?;
+        let mut store = Self::assemble(file, path, block_device, options)?;
         store.check_size(options.block_size)?;
+        // Nothing can be kept beside a device node: /dev is made anew by every boot.
+        if !block_device {
+            let image = stable_name(path).map_err(|e| plain(&e))?;
+            store.notes = Notes::beside(&image)
+                .map_err(|e| format!("what is remembered of it, in its .thinlun: {}", plain(&e)))?;
+        }
         Ok(store)
     }
 
@@ -183,6 +192,7 @@ impl FileStore {
             backing,
             deallocate,
             reserve,
+            notes: Notes::in_memory(),
             pool,
         })
     }
@@ -327,6 +337,19 @@ impl Store for FileStore {
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
         self.reserve.run(&self.file, &range)
+    }
+
+    fn space(&self) -> Result<Option<Space>, StoreError> {
+        let space = match (&self.backing, self.block_device) {
+            (Some(backing), _) => backing.space().map(Some),
+            (None, true) => Ok(None),
+            (None, false) => sys::space(&self.file).map(Some),
+        };
+        space.map_err(|e| Cause::from(&e).into())
+    }
+
+    fn notes(&self) -> &Notes {
+        &self.notes
     }
 
     fn pool(&self) -> &Pool {

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use super::extents::{Extent, Knowledge, walk};
-use super::sys;
+use super::{Space, sys};
 
 /// The file behind a loop device, open for looking only.
 #[derive(Debug)]
@@ -40,6 +40,14 @@ impl BackingFile {
     /// How much is known of its extents.
     pub(super) fn knowledge(&self) -> Knowledge {
         self.knowledge
+    }
+
+    /// Space for the file.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub(super) fn space(&self) -> io::Result<Space> {
+        sys::space(&self.file)
     }
 
     /// The extents of a range of the device. What the device's own page cache still holds is not in

@@ -5,7 +5,9 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::extents::List;
-use super::{Buffers, Capabilities, Cause, Durability, Extent, Kind, Pool, Store, StoreError};
+use super::{
+    Buffers, Capabilities, Cause, Durability, Extent, Kind, Notes, Pool, Space, Store, StoreError,
+};
 
 const PAGE: usize = 4096;
 
@@ -17,6 +19,7 @@ pub struct MemStore {
     size: u64,
     pages: Mutex<BTreeMap<u64, Page>>,
     capabilities: Capabilities,
+    notes: Notes,
     pool: Pool,
 }
 
@@ -31,7 +34,8 @@ impl MemStore {
             transfer_align: 1,
             ways: "memory".into(),
         };
-        MemStore { size, pages: Mutex::default(), capabilities, pool: Pool::new("mem", 2) }
+        let (notes, pool) = (Notes::in_memory(), Pool::new("mem", 2));
+        MemStore { size, pages: Mutex::default(), capabilities, notes, pool }
     }
 
     /// The same store, not writable.
@@ -157,6 +161,16 @@ impl Store for MemStore {
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
         self.zero(range, Some(&None))
+    }
+
+    /// As if there were room for all of it.
+    fn space(&self) -> Result<Option<Space>, StoreError> {
+        let used = self.pages().len() as u64 * PAGE as u64;
+        Ok(Some(Space { available: self.size.saturating_sub(used), used }))
+    }
+
+    fn notes(&self) -> &Notes {
+        &self.notes
     }
 
     fn pool(&self) -> &Pool {

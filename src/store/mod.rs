@@ -4,6 +4,7 @@
 //! call them directly but hand an [`Operation`] and a [`Token`] to an [`engine::Engine`], which
 //! completes operations in any order.
 
+pub mod budget;
 pub mod buffers;
 pub mod engine;
 pub mod extents;
@@ -12,6 +13,7 @@ pub mod file;
 pub mod lock;
 mod loop_device;
 pub mod mem;
+pub mod notes;
 pub mod pool;
 mod space;
 mod sys;
@@ -19,6 +21,7 @@ mod sys;
 pub use buffers::Buffers;
 pub use engine::{Completion, Engine, Operation, Token};
 pub use extents::{Extent, Kind};
+pub use notes::Notes;
 pub use pool::Pool;
 
 use std::fmt;
@@ -67,9 +70,24 @@ pub trait Store: Send + Sync {
     /// Makes a range read as zeroes and keeps, or takes, space for it.
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError>;
 
+    /// How much space there is for it and how much it takes now; `None` where the host does not say.
+    fn space(&self) -> Result<Option<Space>, StoreError>;
+
+    /// What is remembered of it while nobody serves it.
+    fn notes(&self) -> &Notes;
+
     /// The threads that run this store's blocking work; its own, so that a host file system that
     /// hangs stops nothing but the disks on it.
     fn pool(&self) -> &Pool;
+}
+
+/// Space on the host, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// What can still be taken.
+    pub available: u64,
+    /// What is taken.
+    pub used: u64,
 }
 
 /// When a write counts as done.

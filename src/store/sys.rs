@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
-use super::Buffers;
+use super::{Buffers, Space};
 
 /// Longest iovec that the kernel takes in one call (IOV_MAX).
 const MAX_SEGMENTS: usize = 1024;
@@ -76,6 +76,21 @@ pub(super) fn direct_io_alignment(file: &File) -> Option<(u32, u32)> {
     let known = status == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0;
     (known && stat.stx_dio_offset_align != 0)
         .then_some((stat.stx_dio_mem_align, stat.stx_dio_offset_align))
+}
+
+/// Space on the file system of `file` for whoever may not use the reserve, and space that the file
+/// takes there, what is written but not yet allocated included.
+pub(super) fn space(file: &File) -> io::Result<Space> {
+    let host = nix::sys::statvfs::fstatvfs(file)?;
+    Ok(Space {
+        available: host.blocks_available().saturating_mul(host.fragment_size()),
+        used: used(file)?,
+    })
+}
+
+/// Bytes that `file` takes on its file system.
+pub(super) fn used(file: &File) -> io::Result<u64> {
+    Ok(file.metadata()?.blocks().saturating_mul(512))
 }
 
 /// Whether a block device gives space back when it is asked to (queue/discard_max_bytes).

@@ -154,16 +154,11 @@ fn answer(context: Context<'_>, query: Query) -> Result<Reply, ScsiError> {
     if query.lba >= context.lun.blocks() {
         return Err(ScsiError::LBA_OUT_OF_RANGE);
     }
-    if query.allocation > context.request.data_in.len() {
-        return Err(ScsiError::Overrun);
-    }
-    let (lun, data_in) = (Arc::clone(context.lun), context.request.data_in);
-    Ok(Reply::Job(Box::new(move |cancel| {
+    let (lun, allocation) = (Arc::clone(context.lun), query.allocation);
+    super::data_job(context.request, allocation, move |cancel| {
         let (runs, condition) = collect(&lun, &query, cancel)?;
-        let bytes = encode(&runs, condition);
-        let bytes = bytes.get(..query.allocation).unwrap_or(&bytes);
-        Ok(data_in.write_at(0, bytes))
-    })))
+        Ok(encode(&runs, condition))
+    })
 }
 
 /// Blocks of one kind.

@@ -3,6 +3,7 @@
 
 mod capacity;
 mod flush;
+mod format;
 mod inquiry;
 mod lba_status;
 mod log;
@@ -10,6 +11,7 @@ mod mode;
 mod power;
 mod report;
 mod rw;
+mod sanitize;
 mod sense;
 mod unmap;
 mod verify;
@@ -19,6 +21,7 @@ mod write_same;
 use std::sync::Arc;
 
 use super::attention::Nexus;
+use super::background::Tolerance;
 use super::lun::Lun;
 use super::sense::{ScsiError, asc};
 use super::target::Target;
@@ -67,6 +70,29 @@ pub enum Needs {
     Nothing,
     /// Thin provisioning.
     Thin,
+    /// Anchored blocks.
+    Anchors,
+}
+
+impl Needs {
+    fn are_met_by(self, lun: &Lun) -> bool {
+        match self {
+            Needs::Nothing => true,
+            Needs::Thin => lun.is_thin(),
+            Needs::Anchors => lun.can_anchor(),
+        }
+    }
+}
+
+/// Bits of a CDB that are reserved on a disk that does not have what they are about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bits {
+    /// Byte of the CDB.
+    pub byte: usize,
+    /// The bits.
+    pub bits: u8,
+    /// What the disk must offer.
+    pub needs: Needs,
 }
 
 /// What a handler gets.
@@ -104,6 +130,22 @@ pub enum Reply {
     Job(JobFn),
 }
 
+/// Data that takes blocking work to make, to be cut off at the allocation length like any other.
+fn data_job(
+    request: Request,
+    allocation: usize,
+    make: impl FnOnce(&Cancel) -> Result<Vec<u8>, ScsiError> + Send + 'static,
+) -> Result<Reply, ScsiError> {
+    let data_in = request.data_in;
+    if allocation > data_in.len() {
+        return Err(ScsiError::Overrun);
+    }
+    Ok(Reply::Job(Box::new(move |cancel| {
+        let bytes = make(cancel)?;
+        Ok(data_in.write_at(0, bytes.get(..allocation).unwrap_or(&bytes)))
+    })))
+}
+
 /// A handler validates and plans; it never blocks.
 pub type Handler = fn(Context<'_>) -> Result<Reply, ScsiError>;
 
@@ -122,6 +164,10 @@ pub struct Command {
     pub access: Access,
     /// What the disk must offer.
     pub needs: Needs,
+    /// Bits of `usage` that only some disks look at.
+    pub options: &'static [Bits],
+    /// It is what a disk needs whose format or sanitize operation has failed.
+    pub mends: bool,
     /// Runs although a unit attention is due (SAM-6 5.14.5).
     pub exempt_from_attention: bool,
     /// Nominal and recommended timeout in seconds (0: none is given).
@@ -140,12 +186,12 @@ impl Command {
     ///
     /// # Errors
     /// 05/24/00 pointing at the leftmost such bit.
-    pub fn check_reserved_bits(&self, cdb: &Cdb) -> Result<(), ScsiError> {
+    pub fn check_reserved_bits(&self, cdb: &Cdb, lun: Option<&Lun>) -> Result<(), ScsiError> {
         for (byte, (value, used)) in (0u16..).zip(cdb.0.iter().zip(self.usage)).skip(1) {
             let used = match (self.service_action, byte) {
                 (ServiceAction::Byte1(_), 1) => used | 0x1f,
                 (ServiceAction::Variable(_), 8 | 9) => 0xff,
-                _ => *used,
+                _ => used & !lun.map_or(0, |lun| self.absent(byte.into(), lun)),
             };
             if let Some(bit) = (value & !used).checked_ilog2() {
                 return Err(ScsiError::cdb_field(byte, u8::try_from(bit).unwrap_or(7)));
@@ -157,6 +203,28 @@ impl Command {
                 Err(ScsiError::cdb_field(7, 7))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// The bits of a byte that are about what this disk does not have.
+    fn absent(&self, byte: usize, lun: &Lun) -> u8 {
+        let of_byte = self.options.iter().filter(|o| o.byte == byte && !o.needs.are_met_by(lun));
+        of_byte.fold(0, |bits, option| bits | option.bits)
+    }
+
+    /// CDB usage data as it is true for a disk.
+    fn usage_on(&self, lun: &Lun) -> Vec<u8> {
+        let bytes = self.usage.iter().enumerate();
+        bytes.map(|(byte, used)| used & !self.absent(byte, lun)).collect()
+    }
+
+    /// How it gets along with a format or sanitize operation.
+    pub fn tolerance(&self) -> Tolerance {
+        match (self.access, self.data) {
+            _ if self.mends => Tolerance::Mends,
+            (Access::None, Data::In) => Tolerance::Always,
+            (Access::None, Data::Out | Data::None) => Tolerance::AfterFailedFormat,
+            (Access::Read | Access::Write, _) => Tolerance::Never,
         }
     }
 
@@ -174,11 +242,7 @@ impl Command {
 
 /// The commands that a disk has.
 pub fn offered(lun: &Lun) -> impl Iterator<Item = &'static Command> {
-    let thin = lun.is_thin();
-    TABLE.iter().filter(move |c| match c.needs {
-        Needs::Nothing => true,
-        Needs::Thin => thin,
-    })
+    TABLE.iter().filter(|c| c.needs.are_met_by(lun))
 }
 
 /// Finds the row for a CDB among the commands that are there.
@@ -222,7 +286,7 @@ pub(super) fn without_disk(
     missing: Missing,
 ) -> Result<(Vec<u8>, usize), ScsiError> {
     let command = find(TABLE.iter(), &request.cdb)?;
-    command.check_reserved_bits(&request.cdb)?;
+    command.check_reserved_bits(&request.cdb, None)?;
     let well_known = missing == Missing::WellKnown;
     let finds_luns = well_known || missing == Missing::Lun { lun_zero: true };
     match command.opcode() {
@@ -250,6 +314,9 @@ const TRANSFER: (u32, u32) = (0, 60);
 /// Seconds for a flush, which may have to write out a whole page cache.
 const FLUSH: (u32, u32) = (0, 300);
 
+/// Seconds for an operation on the whole medium.
+const LONG: (u32, u32) = (0, 86400);
+
 /// DPO and FUA.
 const DPO_FUA: u8 = 0x18;
 /// DPO and BYTCHK of VERIFY.
@@ -258,10 +325,18 @@ const DPO_BYTCHK: u8 = 0x16;
 const DPO_BYTCHK_LOW: u8 = 0x12;
 /// UNMAP and ANCHOR of WRITE SAME; the LBDATA and PBDATA of old are reserved.
 const UNMAP_ANCHOR: u8 = 0x18;
+/// Which disks know the UNMAP and ANCHOR bits of WRITE SAME, which are in byte 1 or 10.
+const fn write_same_options(byte: usize) -> [Bits; 2] {
+    [Bits { byte, bits: 0x08, needs: Needs::Thin }, Bits { byte, bits: 0x10, needs: Needs::Anchors }]
+}
 /// NDOB of WRITE SAME(16) and (32).
 const NDOB: u8 = 0x01;
 /// IMMED.
 const IMMED: u8 = 0x02;
+/// IMMED and AUSE of SANITIZE; there are no zones for ZNR to be about.
+const IMMED_AUSE: u8 = 0xa0;
+/// LONGLIST, FMTDATA, CMPLST and DEFECT LIST FORMAT of FORMAT UNIT; there is no protection information.
+const FORMAT_FLAGS: u8 = 0x3f;
 
 const fn row(
     name: &'static str,
@@ -278,6 +353,8 @@ const fn row(
         data,
         access,
         needs: Needs::Nothing,
+        options: &[],
+        mends: false,
         exempt_from_attention: false,
         timeouts,
         handler,
@@ -297,6 +374,16 @@ impl Command {
 
     const fn if_thin(mut self) -> Self {
         self.needs = Needs::Thin;
+        self
+    }
+
+    const fn options(mut self, options: &'static [Bits]) -> Self {
+        self.options = options;
+        self
+    }
+
+    const fn mends(mut self) -> Self {
+        self.mends = true;
         self
     }
 
@@ -326,6 +413,11 @@ const fn cdb16(opcode: u8, flags: u8) -> [u8; 16] {
     [opcode, flags, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, GROUP, 0]
 }
 
+/// Usage of SANITIZE: flags, parameter list length.
+const fn sanitize_cdb() -> [u8; 10] {
+    [0x48, IMMED_AUSE, 0, 0, 0, 0, 0, FF, FF, 0]
+}
+
 /// Usage of WRITE SAME(32): LBA, expected tags, blocks. CONTROL is byte 1.
 #[rustfmt::skip]
 const WRITE_SAME_32: [u8; 32] = [
@@ -351,6 +443,7 @@ const NA: Access = Access::None;
 pub static TABLE: &[Command] = &[
     row("TEST UNIT READY", &[0x00, 0, 0, 0, 0, 0], NO, Read, QUICK, power::test_unit_ready),
     row("REQUEST SENSE", &[0x03, 1, 0, 0, FF, 0], In, NA, QUICK, sense::request_sense).exempt(),
+    row("FORMAT UNIT", &[0x04, FORMAT_FLAGS, 0, 0, 0, 0], Out, Write, LONG, format::format_unit).mends(),
     row("READ(6)", &[0x08, 0x1f, FF, FF, FF, 0], In, Read, TRANSFER, rw::read),
     row("WRITE(6)", &[0x0a, 0x1f, FF, FF, FF, 0], Out, Write, TRANSFER, rw::write),
     row("INQUIRY", &[0x12, 1, FF, FF, FF, 0], In, NA, QUICK, inquiry::inquiry).exempt(),
@@ -365,12 +458,15 @@ pub static TABLE: &[Command] = &[
     row("VERIFY(10)", const { &cdb10(0x2f, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
     row("PRE-FETCH(10)", const { &cdb10(0x34, IMMED) }, NO, Read, QUICK, flush::prefetch),
     row("SYNCHRONIZE CACHE(10)", const { &cdb10(0x35, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache),
-    row("WRITE SAME(10)", const { &cdb10(0x41, UNMAP_ANCHOR) }, Out, Write, FLUSH, write_same::write_same),
-    row("UNMAP", &[0x42, 1, 0, 0, 0, 0, GROUP, FF, FF, 0], Out, Write, FLUSH, unmap::unmap).if_thin(),
+    row("WRITE SAME(10)", const { &cdb10(0x41, UNMAP_ANCHOR) }, Out, Write, FLUSH, write_same::write_same).options(const { &write_same_options(1) }),
+    row("UNMAP", &[0x42, 1, 0, 0, 0, 0, GROUP, FF, FF, 0], Out, Write, FLUSH, unmap::unmap).if_thin().options(&[Bits { byte: 1, bits: 1, needs: Needs::Anchors }]),
+    row("SANITIZE OVERWRITE", const { &sanitize_cdb() }, Out, Write, LONG, sanitize::overwrite).action(0x01).mends(),
+    row("SANITIZE BLOCK ERASE", const { &sanitize_cdb() }, NO, Write, LONG, sanitize::block_erase).action(0x02).mends(),
+    row("SANITIZE EXIT FAILURE MODE", const { &sanitize_cdb() }, NO, Write, LONG, sanitize::exit_failure_mode).action(0x1f).mends(),
     row("LOG SENSE", &[0x4d, 0, FF, FF, 0, FF, FF, FF, FF, 0], In, NA, QUICK, log::log_sense),
     row("MODE SELECT(10)", &[0x55, 0x11, 0, 0, 0, 0, 0, FF, FF, 0], Out, NA, FLUSH, mode::mode_select),
     row("MODE SENSE(10)", &[0x5a, 0x18, FF, FF, 0, 0, 0, FF, FF, 0], In, NA, QUICK, mode::mode_sense),
-    row("WRITE SAME(32)", &WRITE_SAME_32, Out, Write, FLUSH, write_same::write_same).variable(0x0d),
+    row("WRITE SAME(32)", &WRITE_SAME_32, Out, Write, FLUSH, write_same::write_same).variable(0x0d).options(const { &write_same_options(10) }),
     row("GET LBA STATUS(32)", &GET_LBA_STATUS_32, In, Read, TRANSFER, lba_status::get_lba_status_32).variable(0x12),
     row("READ(16)", const { &cdb16(0x88, DPO_FUA) }, In, Read, TRANSFER, rw::read),
     row("WRITE(16)", const { &cdb16(0x8a, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
@@ -378,7 +474,7 @@ pub static TABLE: &[Command] = &[
     row("VERIFY(16)", const { &cdb16(0x8f, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
     row("PRE-FETCH(16)", const { &cdb16(0x90, IMMED) }, NO, Read, QUICK, flush::prefetch),
     row("SYNCHRONIZE CACHE(16)", const { &cdb16(0x91, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache),
-    row("WRITE SAME(16)", const { &cdb16(0x93, UNMAP_ANCHOR | NDOB) }, Out, Write, FLUSH, write_same::write_same),
+    row("WRITE SAME(16)", const { &cdb16(0x93, UNMAP_ANCHOR | NDOB) }, Out, Write, FLUSH, write_same::write_same).options(const { &write_same_options(1) }),
     row("READ CAPACITY(16)", &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, Read, QUICK, capacity::read_capacity_16).action(0x10),
     row("GET LBA STATUS(16)", &[0x9e, 0x12, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, 0], In, Read, TRANSFER, lba_status::get_lba_status_16).action(0x12),
     row("REPORT LUNS", &[0xa0, 0, FF, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::report_luns).exempt(),

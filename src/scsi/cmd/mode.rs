@@ -8,6 +8,7 @@ use super::{Context, Reply, wire};
 use crate::scsi::UnitAttention;
 use crate::scsi::lun::Lun;
 use crate::scsi::mode_pages::PageControl;
+use crate::scsi::provisioning::SpaceWatch;
 use crate::scsi::sense::ScsiError;
 use crate::scsi::wire::{Cdb, U16, U24, U32, U64, bytes_of, len8, len16};
 
@@ -145,6 +146,7 @@ pub(super) fn mode_select(context: Context<'_>) -> Result<Reply, ScsiError> {
     let lun = context.lun;
     let cached = lun.pages().write_cache();
     if lun.pages().select(&list, pages_at)? {
+        lun.space_watch().into_iter().for_each(SpaceWatch::rearm);
         context.target.announce(lun, UnitAttention::ModeParametersChanged, Some(context.nexus));
     }
     if cached && !lun.pages().write_cache() && !lun.store().capabilities().read_only {

@@ -129,11 +129,11 @@ impl Command {
     }
 
     /// The one-command format: SUPPORT 011b, in conformance with the standard.
-    fn one_command(&self, with_timeouts: bool) -> Vec<u8> {
+    fn one_command(&self, lun: &Lun, with_timeouts: bool) -> Vec<u8> {
         let ctdp = if with_timeouts { 0x80 } else { 0 };
         let mut bytes = vec![0, ctdp | 0x03];
         bytes.extend(len16(self.usage.len()).to_bytes());
-        bytes.extend(self.usage);
+        bytes.extend(self.usage_on(lun));
         if with_timeouts {
             bytes.extend(self.timeouts_descriptor());
         }
@@ -164,7 +164,7 @@ pub(super) fn supported_operation_codes(context: Context<'_>) -> Result<Reply, S
         _ => return Err(ScsiError::cdb_field(2, 2)),
     };
     let bytes = match found {
-        Some(command) => command.one_command(with_timeouts),
+        Some(command) => command.one_command(context.lun, with_timeouts),
         // SUPPORT 001b: not supported.
         None => vec![0, 0x01, 0, 0],
     };

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::unmap::Fate;
 use super::{Context, JobFn, Reply};
+use crate::scsi::fill::Fill;
 use crate::scsi::lun::{BlockRange, DetectZeroes, Lun};
 use crate::scsi::sense::ScsiError;
 use crate::scsi::wire::{Cdb, U16, U32, U64};
@@ -154,25 +154,25 @@ pub(super) fn write(context: Context<'_>) -> Result<Reply, ScsiError> {
     }
     let durability = context.lun.durability(cdb.fua());
     let from = exactly(context.request.data_out, range.bytes);
-    let fate = match context.lun.settings().detect_zeroes {
-        DetectZeroes::Unmap if context.lun.is_thin() => Some(Fate::Deallocated),
-        DetectZeroes::On | DetectZeroes::Unmap => Some(Fate::Anchored),
+    let zeroes = match context.lun.settings().detect_zeroes {
+        DetectZeroes::Unmap if context.lun.is_thin() => Some(Fill::Deallocated),
+        DetectZeroes::On | DetectZeroes::Unmap => Some(Fill::Anchored),
         DetectZeroes::Off => None,
     };
-    if let Some(fate) = fate {
-        return Ok(Reply::Job(write_unless_zero(context.lun, range, from, durability, fate)));
+    if let Some(fill) = zeroes {
+        return Ok(Reply::Job(write_unless_zero(context.lun, range, from, durability, fill)));
     }
     let write = Operation::Write { offset: range.offset, from, durability };
     Ok(Reply::Transfer(write, range.bytes))
 }
 
-/// `detect-zeroes=`: a write of nothing but zeroes takes their fate, every other one is written.
+/// `detect-zeroes=`: a write of nothing but zeroes becomes `fill`, every other one is written.
 fn write_unless_zero(
     lun: &Arc<Lun>,
     range: BlockRange,
     from: Buffers,
     durability: Durability,
-    fate: Fate,
+    fill: Fill,
 ) -> JobFn {
     let lun = Arc::clone(lun);
     Box::new(move |cancel| {
@@ -180,7 +180,7 @@ fn write_unless_zero(
             return Err(ScsiError::Aborted);
         }
         if from.is_zero() {
-            fate.apply(&lun, range.offset..range.offset + range.bytes as u64)?;
+            fill.run(&lun, range.offset..range.offset + range.bytes as u64, |_| Ok(()))?;
             lun.settle(durability)?;
         } else {
             let written = lun.store().write(range.offset, &from, durability);

@@ -11,15 +11,19 @@ fn parse(cdb: &Cdb) -> (bool, usize) {
 }
 
 /// REQUEST SENSE to a disk: a unit attention that is due (and no longer is then), or the condition
-/// that keeps it from being ready, or nothing.
+/// that keeps it from being ready, with the progress where there is one, or nothing.
 pub(super) fn request_sense(context: Context<'_>) -> Result<Reply, ScsiError> {
     let (descriptor_format, allocation) = parse(&context.request.cdb);
     let attention = context.nexus.attentions(context.lun.index()).take();
-    let sense = match (attention, context.lun.check_ready()) {
-        (Some(attention), _) => attention.sense(),
-        (None, Err(ScsiError::Check(not_ready))) => not_ready,
-        (None, _) => Sense::new(Key::NoSense, asc::NONE),
+    let not_ready = || match context.lun.check_ready() {
+        Err(ScsiError::Check(not_ready)) => Some(not_ready),
+        _ => None,
     };
+    let sense = attention
+        .map(|attention| attention.sense())
+        .or_else(|| context.lun.background().sense())
+        .or_else(not_ready)
+        .unwrap_or(Sense::new(Key::NoSense, asc::NONE));
     Ok(Reply::Data { bytes: sense.encode(descriptor_format), allocation })
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use super::{Context, JobFn, Reply};
+use crate::scsi::fill::Fill;
 use crate::scsi::lun::{ByteRange, Lun};
 use crate::scsi::sense::ScsiError;
 use crate::scsi::wire::{U16, U32, U64};
@@ -15,9 +16,6 @@ pub(super) const MAX_DESCRIPTORS: u32 = 256;
 
 /// MAXIMUM UNMAP LBA COUNT: no limit but the field's.
 pub(super) const MAX_BLOCKS: u32 = u32::MAX;
-
-/// Most bytes that one host call is asked to free: between calls an abort is heard.
-const STEP: u64 = 4 << 30;
 
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -35,32 +33,10 @@ struct Descriptor {
     reserved: U32,
 }
 
-/// What becomes of the blocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fate {
-    /// Their space is given back.
-    Deallocated,
-    /// They read as zeroes and have space.
-    Anchored,
-}
-
-impl Fate {
-    pub(super) fn apply(self, lun: &Lun, range: ByteRange) -> Result<(), ScsiError> {
-        let result = match self {
-            Fate::Deallocated => lun.store().deallocate(range),
-            Fate::Anchored => lun.store().reserve(range),
-        };
-        result.map_err(|e| ScsiError::from_store(e, true, lun.block_size()))
-    }
-}
-
 /// UNMAP. Every descriptor is checked before any takes effect.
 pub(super) fn unmap(context: Context<'_>) -> Result<Reply, ScsiError> {
     let cdb = &context.request.cdb;
     let anchor = cdb.byte(1) & 1 != 0;
-    if anchor && !context.lun.can_anchor() {
-        return Err(ScsiError::cdb_field(1, 0));
-    }
     let len = usize::from(u16::from_be_bytes([cdb.byte(7), cdb.byte(8)]));
     if len == 0 {
         return Ok(Reply::Good);
@@ -69,8 +45,8 @@ pub(super) fn unmap(context: Context<'_>) -> Result<Reply, ScsiError> {
         return Err(ScsiError::Overrun);
     }
     let ranges = parse(context.lun, &context.request.data_out.to_vec(len))?;
-    let fate = if anchor { Fate::Anchored } else { Fate::Deallocated };
-    Ok(Reply::Job(job(context.lun, ranges, fate, len)))
+    let fill = if anchor { Fill::Anchored } else { Fill::Deallocated };
+    Ok(Reply::Job(job(context.lun, ranges, fill, len)))
 }
 
 /// The ranges of a parameter list.
@@ -97,20 +73,15 @@ fn parse(lun: &Lun, list: &[u8]) -> Result<Vec<ByteRange>, ScsiError> {
     Ok(ranges)
 }
 
-/// The work of freeing or anchoring ranges, after which `transferred` bytes of data-out were used.
-pub(super) fn job(lun: &Arc<Lun>, ranges: Vec<ByteRange>, fate: Fate, transferred: usize) -> JobFn {
+/// The work of filling ranges, after which `transferred` bytes of data-out were used.
+pub(super) fn job(lun: &Arc<Lun>, ranges: Vec<ByteRange>, fill: Fill, transferred: usize) -> JobFn {
     let lun = Arc::clone(lun);
     Box::new(move |cancel: &Cancel| {
         for range in ranges {
-            let mut at = range.start;
-            while at < range.end {
-                if cancel.is_requested() {
-                    return Err(ScsiError::Aborted);
-                }
-                let end = range.end.min(at.saturating_add(STEP));
-                fate.apply(&lun, at..end)?;
-                at = end;
-            }
+            fill.run(&lun, range, |_| match cancel.is_requested() {
+                true => Err(ScsiError::Aborted),
+                false => Ok(()),
+            })?;
         }
         lun.settle(lun.durability(false))?;
         Ok(transferred)

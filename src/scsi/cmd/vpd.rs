@@ -5,6 +5,7 @@ use zerocopy::{Immutable, IntoBytes, Unaligned};
 
 use super::{unmap, write_same};
 use crate::scsi::lun::Lun;
+use crate::scsi::provisioning;
 use crate::scsi::sense::ScsiError;
 use crate::scsi::wire::{U16, U32, U64, ascii_field, bytes_of, len8, len16};
 
@@ -171,9 +172,12 @@ fn block_device_characteristics(lun: &Lun) -> Vec<u8> {
     let rate = if lun.settings().rotational { ROTATING } else { NON_ROTATING };
     let mut page = rate.to_be_bytes().to_vec();
     page.resize(60, 0);
-    if let Some(flags) = page.get_mut(4) {
-        // FUAB: SYNCHRONIZE CACHE reaches the medium. VBULS: unmapped blocks can be verified too.
-        *flags = 0x03;
+    // Byte 3: WABEREQ 01b, reads after a block erase succeed. Byte 4: FUAB, SYNCHRONIZE CACHE
+    // reaches the medium; VBULS, unmapped blocks can be verified too.
+    for (byte, value) in [(3, 0x40), (4, 0x03)] {
+        if let Some(to) = page.get_mut(byte) {
+            *to = value;
+        }
     }
     page
 }
@@ -185,9 +189,10 @@ const ANCHORS: u8 = 0x02;
 
 fn logical_block_provisioning(lun: &Lun) -> Vec<u8> {
     let anchors = if lun.can_anchor() { ANCHORS } else { 0 };
+    let exponent = lun.space_watch().map_or(0, |_| provisioning::threshold_exponent(lun));
     match lun.is_thin() {
         // PROVISIONING TYPE 2: thin.
-        true => vec![0, THIN | anchors, 2, 0],
+        true => vec![exponent, THIN | anchors, 2, 0],
         false => vec![0, 0, 0, 0],
     }
 }

@@ -1,0 +1,75 @@
+//! Giving many blocks the same contents, or none: what UNMAP, WRITE SAME, FORMAT UNIT and SANITIZE do
+//! to a range, a step at a time.
+
+use super::lun::{ByteRange, Lun};
+use super::sense::ScsiError;
+use crate::store::{Buffers, Durability, StoreError};
+
+/// Most bytes that one host call is asked to free or reserve.
+const STEP: u64 = 4 << 30;
+
+/// Bytes that a pattern is written in at a time.
+const CHUNK: usize = 1 << 20;
+
+/// What becomes of blocks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fill {
+    /// They read as zeroes and their space is given back.
+    Deallocated,
+    /// They read as zeroes and have space.
+    Anchored,
+    /// Each holds these bytes; one block.
+    Pattern(Vec<u8>),
+}
+
+impl Fill {
+    /// Does it to a range. Before each step `go_on` gets the bytes of the range that are done.
+    ///
+    /// # Errors
+    /// What the host says, with the first block that is not done; or what `go_on` says.
+    pub fn run(
+        &self,
+        lun: &Lun,
+        range: ByteRange,
+        mut go_on: impl FnMut(u64) -> Result<(), ScsiError>,
+    ) -> Result<(), ScsiError> {
+        let chunk = match self {
+            Fill::Pattern(block) => Some(repeated(block, &range)?),
+            Fill::Deallocated | Fill::Anchored => None,
+        };
+        let step = chunk.as_ref().map_or(STEP, |chunk| chunk.len() as u64);
+        let mut at = range.start;
+        while at < range.end {
+            go_on(at - range.start)?;
+            let end = range.end.min(at.saturating_add(step));
+            self.step(lun, at..end, chunk.as_ref())
+                .map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn step(&self, lun: &Lun, range: ByteRange, chunk: Option<&Buffers>) -> Result<(), StoreError> {
+        let store = lun.store();
+        match (self, chunk) {
+            (Fill::Deallocated, _) => store.deallocate(range),
+            (Fill::Anchored, _) => store.reserve(range),
+            (Fill::Pattern(_), None) => Ok(()),
+            (Fill::Pattern(_), Some(chunk)) => {
+                let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+                store.write(range.start, &chunk.slice(0, len), Durability::Cached)
+            }
+        }
+    }
+}
+
+/// A chunk of copies of a block, as long as the range at most.
+fn repeated(block: &[u8], range: &ByteRange) -> Result<Buffers, ScsiError> {
+    let whole = usize::try_from(range.end - range.start).unwrap_or(CHUNK).min(CHUNK);
+    let chunk = Buffers::zeroed(whole).ok_or(ScsiError::Busy)?;
+    let mut filled = 0;
+    while filled < whole && !block.is_empty() {
+        filled += chunk.write_at(filled, block);
+    }
+    Ok(chunk)
+}

@@ -1,0 +1,168 @@
+//! What has to be remembered of a disk while the program does not run: a few lines of text in a file
+//! beside the image, `IMAGE.thinlun`, replaced as a whole and only there while there is something to
+//! remember.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat, renameat};
+use nix::sys::stat::Mode;
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use super::{Cause, StoreError};
+
+/// Longest file that is read: far more than is ever written.
+const MAX_BYTES: u64 = 64 << 10;
+
+/// The first line, so that nobody else's file is taken for ours.
+const HEADING: &str = "# thinlun remembers this of the image beside it.";
+
+/// Named values that survive a restart, if there is a place to keep them.
+#[derive(Debug)]
+pub struct Notes {
+    place: Option<Place>,
+    values: Mutex<BTreeMap<String, String>>,
+}
+
+/// The directory is held open: what it is called may change.
+#[derive(Debug)]
+struct Place {
+    directory: File,
+    name: OsString,
+}
+
+impl Notes {
+    /// Notes that last as long as the program.
+    pub fn in_memory() -> Self {
+        Notes { place: None, values: Mutex::default() }
+    }
+
+    /// The notes beside `image`, whose directory is resolved already.
+    ///
+    /// # Errors
+    /// If there is a file with the name of one that is ours, but none we can read.
+    pub fn beside(image: &Path) -> io::Result<Self> {
+        let directory = image.parent().ok_or(ErrorKind::InvalidInput)?;
+        let options = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).clone();
+        let mut name = image.file_name().ok_or(ErrorKind::InvalidInput)?.to_owned();
+        name.push(".thinlun");
+        let place = Place { directory: options.open(directory)?, name };
+        let values = parse(&place.read()?)?;
+        Ok(Notes { place: Some(place), values: Mutex::new(values) })
+    }
+
+    /// What was noted under a name.
+    pub fn get(&self, name: &str) -> Option<String> {
+        self.values.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// Notes a value, or forgets it. When this returns, a crash of the host changes nothing about it.
+    /// Neither name nor value may contain a line break, nor the name an equals sign.
+    ///
+    /// # Errors
+    /// If the host cannot keep it; then what was noted before still is.
+    pub fn set(&self, name: &str, value: Option<&str>) -> Result<(), StoreError> {
+        let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut new = values.clone();
+        match value {
+            Some(value) => drop(new.insert(name.to_owned(), value.to_owned())),
+            None => drop(new.remove(name)),
+        }
+        if let (Some(place), true) = (&self.place, new != *values) {
+            place.write(&new).map_err(|e| StoreError::from(Cause::from(&e)))?;
+        }
+        *values = new;
+        Ok(())
+    }
+}
+
+fn parse(text: &str) -> io::Result<BTreeMap<String, String>> {
+    let foreign = || io::Error::new(ErrorKind::InvalidData, "not a file of notes of thinlun");
+    let mut lines = text.lines();
+    match lines.next() {
+        None => return Ok(BTreeMap::new()),
+        Some(HEADING) => {}
+        Some(_) => return Err(foreign()),
+    }
+    let values = lines.map(|line| line.split_once('=').map(|(n, v)| (n.to_owned(), v.to_owned())));
+    values.collect::<Option<_>>().ok_or_else(foreign)
+}
+
+impl Place {
+    fn open(&self, name: &OsString, flags: OFlag) -> nix::Result<OwnedFd> {
+        let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+        openat(&self.directory, name.as_os_str(), flags, Mode::S_IRUSR | Mode::S_IWUSR)
+    }
+
+    fn read(&self) -> io::Result<String> {
+        let file = match self.open(&self.name, OFlag::O_RDONLY | OFlag::O_NONBLOCK) {
+            Ok(file) => File::from(file),
+            Err(Errno::ENOENT | Errno::ENAMETOOLONG) => return Ok(String::new()),
+            Err(error) => return Err(error.into()),
+        };
+        let mut text = String::new();
+        file.take(MAX_BYTES).read_to_string(&mut text)?;
+        Ok(text)
+    }
+
+    /// A new file takes the old one's place, so that a crash leaves either.
+    fn write(&self, values: &BTreeMap<String, String>) -> io::Result<()> {
+        if values.is_empty() {
+            match unlinkat(&self.directory, self.name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
+                Ok(()) | Err(Errno::ENOENT) => {}
+                Err(error) => return Err(error.into()),
+            }
+        } else {
+            let mut new = self.name.clone();
+            new.push(".new");
+            let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC;
+            let mut file = File::from(self.open(&new, flags)?);
+            let lines = values.iter().map(|(name, value)| format!("{name}={value}\n"));
+            file.write_all(format!("{HEADING}\n{}", lines.collect::<String>()).as_bytes())?;
+            file.sync_all()?;
+            let (from, to) = (new.as_os_str(), self.name.as_os_str());
+            renameat(&self.directory, from, &self.directory, to)?;
+        }
+        self.directory.sync_all()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_survive_and_leave_nothing_behind() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("disk.img");
+        let file = directory.path().join("disk.img.thinlun");
+        let notes = Notes::beside(&image).unwrap();
+        assert_eq!(notes.get("a"), None);
+        notes.set("a", Some("1=2 3")).unwrap();
+        notes.set("b", Some("")).unwrap();
+        let again = Notes::beside(&image).unwrap();
+        assert_eq!((again.get("a").unwrap(), again.get("b").unwrap()), ("1=2 3".into(), "".into()));
+        again.set("a", None).unwrap();
+        again.set("b", None).unwrap();
+        assert!(!file.exists());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_foreign_file_is_not_touched() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("disk.img.thinlun");
+        for text in ["hello", &format!("{HEADING}\nno equals sign\n")] {
+            std::fs::write(&file, text).unwrap();
+            Notes::beside(&directory.path().join("disk.img")).unwrap_err();
+            assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
+        }
+    }
+}
