@@ -1,6 +1,6 @@
 //! Space that runs out: thresholds and who is told of them (SBC-4 4.7.3.7).
 //!
-//! Space is looked at in the background, on the store's threads, at most once a second and only when
+//! Space is looked at in the background, on the store's threads, at most ten times a second and only when
 //! commands come: a unit attention is told with a command anyway, so that nothing is lost by sleeping as
 //! long as the initiator does.
 
@@ -17,8 +17,8 @@ use crate::store::Space;
 /// more than any file can have.
 pub const THRESHOLD_SET: u64 = 1 << 20;
 
-/// Milliseconds between two looks.
-const INTERVAL: u64 = 1000;
+/// Milliseconds between two looks: a guest that writes a gigabyte a second is warned within 100 MB.
+const INTERVAL: u64 = 100;
 
 /// The thresholds, and the bit that stands for each.
 const THRESHOLDS: [(UnitAttention, u8); 2] =

@@ -119,8 +119,8 @@ impl std::fmt::Display for Knowledge {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match (self.seek, self.fiemap) {
             (true, true) => "fiemap+seek",
-            (true, false) => "seek",
-            (false, _) => "none",
+            (true, false) => "seek(reserved space is told as a hole)",
+            (false, _) => "none(everything is told as data)",
         })
     }
 }

@@ -314,6 +314,16 @@ pub fn compare_and_write(lba: u64, blocks: u8) -> Cdb {
 
 // ----- SBC: provisioning ----------------------------------------------------------------------
 
+/// FORMAT UNIT; `flags` is byte 1.
+pub fn format_unit(flags: u8) -> Cdb {
+    Cdb::from_slice(&[0x04, flags, 0, 0, 0, 0])
+}
+
+/// SANITIZE; `flags` is byte 1 with the service action.
+pub fn sanitize(flags: u8, len: u16) -> Cdb {
+    Cdb::from_slice(&[0x48, flags, 0, 0, 0, 0, 0, 0, 0, 0]).be16(7, len)
+}
+
 pub fn unmap(anchor: bool, len: u16) -> Cdb {
     Cdb::new(0x42).byte(1, u8::from(anchor)).be16(7, len)
 }

@@ -1,0 +1,247 @@
+//! FORMAT UNIT and SANITIZE over the socket: in the background, with progress, through resets and
+//! restarts, and failed when they failed. Also space: budgets, thresholds, and a host that is full.
+
+mod frontend;
+mod mounts;
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use frontend::daemon::{Scratch, host_read};
+use frontend::pattern::assert_same;
+use frontend::scsi::sense;
+use frontend::*;
+use mounts::{Kind, Mount};
+
+const FORMAT_IN_PROGRESS: sense::Code = (2, 4, 4);
+const SANITIZE_IN_PROGRESS: sense::Code = (2, 4, 0x1b);
+const FORMAT_CORRUPTED: sense::Code = (3, 0x31, 0);
+const SANITIZE_FAILED: sense::Code = (3, 0x31, 3);
+const SPACE_ALLOCATION_FAILED: sense::Code = (7, 0x27, 7);
+const SOFT_THRESHOLD: sense::Code = (6, 0x38, 7);
+
+const IMMED: u8 = 0x80;
+const AUSE: u8 = 0x20;
+const OVERWRITE: u8 = 0x01;
+const BLOCK_ERASE: u8 = 0x02;
+const EXIT_FAILURE_MODE: u8 = 0x1f;
+
+/// Large enough that overwriting it takes a while.
+const LARGE: u64 = 512 * MIB;
+
+/// SANITIZE OVERWRITE with a byte, so many times.
+fn overwrite(lun: &Lun<'_>, flags: u8, passes: u8, byte: u8) -> ScsiResponse {
+    lun.run_out(cdb::sanitize(flags | OVERWRITE, 5), &[passes, 0, 0, 1, byte])
+}
+
+/// REQUEST SENSE: the code and the progress, if there is one.
+fn polled(lun: &Lun<'_>) -> (sense::Code, Option<u16>) {
+    let answer = lun.run_in(cdb::request_sense(false, 18), 18).expect_good();
+    let sense = frontend::scsi::Sense::parse(answer.data()).unwrap();
+    (sense.code(), sense.specific.map(|[_, high, low]| u16::from_be_bytes([high, low])))
+}
+
+/// Waits until TEST UNIT READY says something else than this; returns what it says then.
+fn wait_while(lun: &Lun<'_>, code: sense::Code) -> Option<sense::Code> {
+    let end = Instant::now() + Duration::from_secs(120);
+    while Instant::now() < end {
+        let now = lun.run(cdb::test_unit_ready()).sense_code();
+        if now != Some(code) {
+            return now;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("{code:x?} for two minutes");
+}
+
+/// Takes the unit attentions of a disk that may not be ready.
+fn take_attentions(lun: &Lun<'_>) {
+    while lun.run(cdb::test_unit_ready()).sense_code().is_some_and(|(key, ..)| key == 6) {}
+}
+
+fn notes(image: &Path) -> PathBuf {
+    PathBuf::from(format!("{}.thinlun", image.display()))
+}
+
+fn assert_filled(image: &Path, byte: u8) {
+    let size = image.metadata().unwrap().len();
+    for at in (0..size).step_by(64 * MIB as usize) {
+        let len = (size - at).min(64 * MIB) as usize;
+        assert_same(&host_read(image, at, len), &vec![byte; len], "the image");
+    }
+}
+
+#[test]
+fn a_sanitize_operation_shows_its_progress_and_lets_nothing_else_in() {
+    let scratch = Scratch::new();
+    let image = scratch.image("disk.img", LARGE);
+    let daemon = Daemon::builder(&scratch).disk(&image, "").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    overwrite(&lun, IMMED, 3, 0x5a).expect_good();
+    assert!(notes(&image).exists(), "noted before it is answered");
+    let mut last = 0;
+    for _ in 0..5 {
+        let (code, progress) = polled(&lun);
+        assert_eq!(code, SANITIZE_IN_PROGRESS);
+        let progress = progress.unwrap();
+        assert!(progress >= last);
+        last = progress;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    lun.run_read(cdb::read16(0, 1), 1).expect_sense(SANITIZE_IN_PROGRESS);
+    lun.run_out(cdb::write16(0, 1), &[1; 512]).expect_sense(SANITIZE_IN_PROGRESS);
+    lun.run(cdb::start_stop_unit(1)).expect_sense(SANITIZE_IN_PROGRESS);
+    lun.run(cdb::format_unit(0)).expect_sense(SANITIZE_IN_PROGRESS);
+    overwrite(&lun, IMMED, 1, 0).expect_sense(SANITIZE_IN_PROGRESS);
+    lun.inquiry();
+    lun.report_luns(0);
+    lun.mode_sense10(0x3f);
+    // A reset does not end it.
+    fe.tmf(Tmf::LogicalUnitReset, lun.address, 0);
+    take_attentions(&lun);
+    assert_eq!(lun.run(cdb::test_unit_ready()).sense_code(), Some(SANITIZE_IN_PROGRESS));
+    assert_eq!(wait_while(&lun, SANITIZE_IN_PROGRESS), None);
+    assert_eq!(polled(&lun), ((0, 0, 0), None));
+    assert!(!notes(&image).exists(), "there is nothing to remember");
+    assert_filled(&image, 0x5a);
+}
+
+#[test]
+fn an_operation_goes_on_after_the_daemon_was_killed() {
+    for immediately in [true, false] {
+        let scratch = Scratch::new();
+        let image = scratch.image("disk.img", LARGE);
+        let mut daemon = Daemon::builder(&scratch).disk(&image, "").spawn();
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        lun.write16(LARGE / 512 - 8, &[7; 4096]);
+        let pattern = [0, 0x8a, 0, 0, 0, 1, 0, 1, 0xc3];
+        lun.run_out(cdb::format_unit(0x10), &pattern).expect_good();
+        assert_eq!(polled(&lun).0, FORMAT_IN_PROGRESS);
+        if !immediately {
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        daemon.kill();
+        drop(fe);
+        assert!(notes(&image).exists());
+        let daemon = Daemon::builder(&scratch).disk(&image, "").spawn();
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.lun(0, 0);
+        take_attentions(&lun);
+        assert_eq!(wait_while(&lun, FORMAT_IN_PROGRESS), None);
+        assert!(!notes(&image).exists());
+        assert_filled(&image, 0xc3);
+    }
+}
+
+#[test]
+fn a_failed_operation_stays_failed_until_it_is_mended() {
+    let scratch = Scratch::new();
+    let image = scratch.image("disk.img", 64 * MIB);
+    let spawn = || Daemon::builder(&scratch).disk(&image, "space-limit=8M").spawn();
+    let daemon = spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let read = |lun: &Lun<'_>| lun.run_read(cdb::read16(0, 1), 1);
+    // There is no room to overwrite all of it.
+    overwrite(&lun, 0, 1, 1).expect_sense(SANITIZE_FAILED);
+    read(&lun).expect_sense(SANITIZE_FAILED);
+    lun.run(cdb::test_unit_ready()).expect_sense(SANITIZE_FAILED);
+    lun.run(cdb::format_unit(0)).expect_sense(SANITIZE_FAILED);
+    lun.inquiry();
+    lun.run(cdb::sanitize(EXIT_FAILURE_MODE, 0)).expect_sense(sense::INVALID_FIELD_IN_CDB);
+    // With AUSE the initiator may leave it at that.
+    overwrite(&lun, AUSE, 1, 1).expect_sense(SANITIZE_FAILED);
+    lun.run(cdb::sanitize(EXIT_FAILURE_MODE, 0)).expect_good();
+    read(&lun).expect_good();
+    // A failure is remembered.
+    overwrite(&lun, AUSE, 1, 1).expect_sense(SANITIZE_FAILED);
+    drop((fe, daemon));
+    let daemon = spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.lun(0, 0);
+    take_attentions(&lun);
+    read(&lun).expect_sense(SANITIZE_FAILED);
+    lun.run(cdb::sanitize(BLOCK_ERASE, 0)).expect_good();
+    assert_eq!(read(&lun).expect_good().data(), [0; 512]);
+    assert!(image.metadata().unwrap().blocks() * 512 < MIB, "its space is given back");
+    // So is that of a format, which a format mends.
+    let pattern = [0, 0x88, 0, 0, 0, 1, 0, 1, 9];
+    lun.run_out(cdb::format_unit(0x10), &pattern).expect_sense(FORMAT_CORRUPTED);
+    drop((fe, daemon));
+    let daemon = spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.lun(0, 0);
+    take_attentions(&lun);
+    read(&lun).expect_sense(FORMAT_CORRUPTED);
+    lun.run(cdb::start_stop_unit(1)).expect_good();
+    lun.run(cdb::format_unit(0)).expect_good();
+    assert_eq!(read(&lun).expect_good().data(), [0; 512]);
+    assert!(!notes(&image).exists());
+}
+
+/// A budget below the file system's: kept by many writers at once, told as the host's own end would be.
+#[test]
+fn a_space_limit_is_kept() {
+    let scratch = Scratch::new();
+    let image = scratch.image("disk.img", 256 * MIB);
+    let daemon = Daemon::builder(&scratch).disk(&image, "space-limit=32M").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let chunk = vec![0x3c; MIB as usize];
+    let write = |mib: u64| lun.run_out(cdb::write16(mib * 2048, 2048), &chunk);
+    (0..32).for_each(|mib| drop(write(mib).expect_good()));
+    let information = write(40).expect_sense(SPACE_ALLOCATION_FAILED).information;
+    assert_eq!(information, Some(40 * 2048));
+    let list = cdb::unmap_list(&[(100 * 2048, 8)]);
+    let anchor = cdb::unmap(true, list.len() as u16);
+    lun.run_out(anchor, &list).expect_sense(SPACE_ALLOCATION_FAILED);
+    write(5).expect_good();
+    assert!(image.metadata().unwrap().blocks() * 512 <= 32 * MIB);
+    // The log page counts the budget's rest, not the file system's.
+    let log = lun.run_in(cdb::log_sense(0x0c, 0, 28), 28).expect_good();
+    assert_eq!((&log.data()[8..12], &log.data()[20..24]), (&[0; 4][..], &[0, 0, 0, 32][..]));
+    let list = cdb::unmap_list(&[(0, 2048)]);
+    lun.run_out(cdb::unmap(false, list.len() as u16), &list).expect_good();
+    write(40).expect_good();
+    write(41).expect_sense(SPACE_ALLOCATION_FAILED);
+}
+
+/// The initiator asks to be told when less than some space is left, and is, before there is none.
+#[test]
+fn a_threshold_warns_before_the_host_is_full() {
+    let Some(mount) = Mount::new(Kind::Ext4, 128) else { return };
+    let image = mount.path().join("disk.img");
+    std::fs::File::create(&image).unwrap().set_len(GIB).unwrap();
+    let scratch = Scratch::new();
+    let daemon = Daemon::builder(&scratch).disk(&image, "").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let sensed = lun.run_in(cdb::mode_sense10(0x1c, 2, 64), 64).expect_good();
+    let mut list = vec![0; 8];
+    list.extend(&sensed.data()[16..]);
+    list.truncate(8 + 32);
+    list[8 + 16] |= 0x80;
+    list[8 + 20..8 + 24].copy_from_slice(&32u32.to_be_bytes());
+    lun.run_out(cdb::mode_select10(list.len() as u16), &list).expect_good();
+    let chunk = vec![0x11; MIB as usize];
+    let mut warned = None;
+    for mib in 0.. {
+        let answer = lun.run_out(cdb::write16(mib * 2048, 2048), &chunk);
+        match answer.sense_code() {
+            None => {}
+            Some(SOFT_THRESHOLD) => {
+                assert_eq!(answer.expect_sense(SOFT_THRESHOLD).information, Some(16));
+                warned = Some(mib);
+            }
+            Some(SPACE_ALLOCATION_FAILED) => break,
+            Some(other) => panic!("{other:x?}"),
+        }
+        // Space is looked at ten times a second: who fills it in less is not warned in time.
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let warned = warned.expect("a warning");
+    assert!(warned > 32, "warned at {warned} MiB");
+}
