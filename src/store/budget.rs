@@ -5,12 +5,15 @@
 //! still be overwritten. Space of the file system's own for the file (its tree of extents) counts where
 //! the host counts it as the file's.
 
+use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
+use super::copy::Method;
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Kind, Notes, Pool, Space, Store, StoreError,
+    Buffers, Capabilities, Cause, Durability, Extent, Kind, Notes, Pool, Snapshot, Space, Store,
+    StoreError,
 };
 
 /// Extents looked at in one go.
@@ -37,11 +40,11 @@ impl<S: Store> Budget<S> {
     }
 
     /// Runs `change`, which may take space for all of `range`, if the budget has room for it.
-    fn spend(
+    fn spend<T>(
         &self,
         range: &Range<u64>,
-        change: impl Fn() -> Result<(), StoreError>,
-    ) -> Result<(), StoreError> {
+        change: impl Fn() -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
         let blocks = self.whole_blocks(range);
         {
             let _together = self.gate.read().unwrap_or_else(PoisonError::into_inner);
@@ -129,6 +132,26 @@ impl<S: Store> Store for Budget<S> {
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
         self.spend(&range, || self.store.reserve(range.clone()))
+    }
+
+    fn file(&self) -> Option<&File> {
+        self.store.file()
+    }
+
+    fn take(
+        &self,
+        from: &File,
+        source: u64,
+        at: u64,
+        len: u64,
+        how: Method,
+    ) -> Result<Option<u64>, StoreError> {
+        let range = at..at.saturating_add(len);
+        self.spend(&range, || self.store.take(from, source, at, len, how))
+    }
+
+    fn snapshot(&self, ranges: &[Range<u64>]) -> Result<Option<Snapshot>, StoreError> {
+        self.store.snapshot(ranges)
     }
 
     /// What is left of the budget, or of the file system if that is less.

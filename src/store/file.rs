@@ -3,17 +3,21 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, PosixFadviseAdvice, copy_file_range, openat, posix_fadvise};
+use nix::sys::stat::Mode;
 
+use super::copy::{Holes, Method};
 use super::extents::{self, Knowledge};
 use super::lock::{LockError, lock_image};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Notes, Pool, Space, Store, StoreError, sys,
+    Buffers, Capabilities, Cause, Durability, Extent, Notes, Pool, Snapshot, Space, Store,
+    StoreError, sys,
 };
 
 /// Threads that may block in one file at the same time.
@@ -45,6 +49,8 @@ pub struct FileStore {
     deallocate: Ladder,
     reserve: Ladder,
     notes: Notes,
+    /// Where unnamed files can be made that share its blocks.
+    directory: Option<File>,
     pool: Pool,
 }
 
@@ -166,6 +172,7 @@ impl FileStore {
             && !block_device
             && probe_space(&file, path, host_block, &deallocate, &reserve)
                 .map_err(|e| plain(&e))?;
+        let directory = if block_device { None } else { reflink_directory(&file, path) };
         let capabilities = Capabilities {
             read_only: options.read_only,
             host_block,
@@ -174,11 +181,13 @@ impl FileStore {
                 false => deallocate.is_best(),
             },
             reserves: probed && knowledge.fiemap && !reserve.is_last_resort(),
+            snapshots: directory.is_some(),
             transfer_align,
             ways: format!(
-                "extents={knowledge} unmap={} zero={}",
+                "extents={knowledge} unmap={} zero={} copy={}",
                 deallocate.name(),
-                reserve.name()
+                reserve.name(),
+                if directory.is_some() { "reflink" } else { "bytes" }
             ),
         };
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
@@ -193,6 +202,7 @@ impl FileStore {
             deallocate,
             reserve,
             notes: Notes::in_memory(),
+            directory,
             pool,
         })
     }
@@ -219,6 +229,46 @@ impl FileStore {
             sys::block_device_size(&self.file)
         } else {
             Ok(self.file.metadata()?.len())
+        }
+    }
+
+    /// An unnamed file that shares the blocks of these ranges. Each range keeps its place in its first
+    /// block; what shares a block with something else is copied.
+    fn share(&self, directory: &File, ranges: &[Range<u64>]) -> Result<Snapshot, StoreError> {
+        let block = u64::from(self.capabilities.host_block);
+        let mut starts = Vec::new();
+        let mut end = 0u64;
+        for range in ranges {
+            starts.push(end + range.start % block);
+            let blocks = range.end.next_multiple_of(block) - (range.start - range.start % block);
+            end = end.saturating_add(blocks);
+        }
+        let host = |e: io::Error| StoreError::from(Cause::from(&e));
+        let file = unnamed_file(directory).map_err(host)?;
+        file.set_len(end).map_err(host)?;
+        let store = self.over_snapshot(file);
+        for (range, start) in ranges.iter().zip(&starts) {
+            let mut go_on = |_| true;
+            let mut copy = super::copy::Copy::new(self, &store, Holes::Stay, &mut go_on);
+            copy.run(range.clone(), *start).map_err(|error| error.error)?;
+        }
+        Ok(Snapshot { store: Box::new(store), starts })
+    }
+
+    /// A store over an unnamed file beside this one.
+    fn over_snapshot(&self, file: File) -> Self {
+        FileStore {
+            file,
+            block_device: false,
+            capabilities: Capabilities { transfer_align: 1, ..self.capabilities.clone() },
+            memory_align: 1,
+            knowledge: self.knowledge,
+            backing: None,
+            deallocate: Ladder::new(DEALLOCATE),
+            reserve: Ladder::new(RESERVE),
+            notes: Notes::in_memory(),
+            directory: None,
+            pool: Pool::new("snapshot", 1),
         }
     }
 
@@ -339,6 +389,43 @@ impl Store for FileStore {
         self.reserve.run(&self.file, &range)
     }
 
+    fn file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+
+    fn take(
+        &self,
+        from: &File,
+        source: u64,
+        at: u64,
+        len: u64,
+        how: Method,
+    ) -> Result<Option<u64>, StoreError> {
+        if self.block_device {
+            return Ok(None);
+        }
+        let taken = match how {
+            Method::Reflink => sys::reflink(from, source, &self.file, at, len).map(|()| len),
+            Method::Offload => offload(from, source, &self.file, at, len),
+        };
+        match taken {
+            // The end of a file that is shorter than the disk: there is nothing to take.
+            Ok(0) => Ok(None),
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) => match error.raw_os_error() {
+                Some(
+                    libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::EXDEV | libc::EINVAL,
+                ) => Ok(None),
+                _ => Err(StoreError::at(Cause::from(&error), at)),
+            },
+        }
+    }
+
+    fn snapshot(&self, ranges: &[Range<u64>]) -> Result<Option<Snapshot>, StoreError> {
+        let Some(directory) = &self.directory else { return Ok(None) };
+        self.share(directory, ranges).map(Some)
+    }
+
     fn space(&self) -> Result<Option<Space>, StoreError> {
         let space = match (&self.backing, self.block_device) {
             (Some(backing), _) => backing.space().map(Some),
@@ -355,6 +442,43 @@ impl Store for FileStore {
     fn pool(&self) -> &Pool {
         &self.pool
     }
+}
+
+/// One `copy_file_range(2)`; may be short.
+fn offload(from: &File, source: u64, to: &File, at: u64, len: u64) -> io::Result<u64> {
+    let invalid = |_| io::Error::from_raw_os_error(libc::EINVAL);
+    let mut source = i64::try_from(source).map_err(invalid)?;
+    let mut at = i64::try_from(at).map_err(invalid)?;
+    let len = usize::try_from(len).unwrap_or(usize::MAX);
+    loop {
+        match copy_file_range(from, Some(&mut source), to, Some(&mut at), len) {
+            Err(Errno::EINTR) => {}
+            other => return Ok(other? as u64),
+        }
+    }
+}
+
+/// A file without a name, gone with its descriptor.
+fn unnamed_file(directory: &File) -> io::Result<File> {
+    let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+    Ok(File::from(openat(directory, ".", flags, Mode::S_IRUSR | Mode::S_IWUSR)?))
+}
+
+/// The directory of a file, if unnamed files in it can share the file's blocks: tried out on two of
+/// them.
+fn reflink_directory(file: &File, path: &Path) -> Option<File> {
+    let name = stable_name(path).ok()?;
+    let options = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).clone();
+    let directory = options.open(name.parent()?).ok()?;
+    let (one, other) = (unnamed_file(&directory).ok()?, unnamed_file(&directory).ok()?);
+    // A file that is mounted over, or a link to one elsewhere, is not in this file system.
+    if one.metadata().ok()?.dev() != file.metadata().ok()?.dev() {
+        return None;
+    }
+    let block = u64::from(host_block(file, false).ok()?);
+    one.set_len(block).ok()?;
+    sys::reflink(&one, 0, &other, 0, block).ok()?;
+    Some(directory)
 }
 
 /// Finds the rungs of the ladders that this file has, without changing it: a hole is punched behind

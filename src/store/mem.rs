@@ -31,6 +31,7 @@ impl MemStore {
             host_block: 4096,
             deallocates: true,
             reserves: true,
+            snapshots: false,
             transfer_align: 1,
             ways: "memory".into(),
         };

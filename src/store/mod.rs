@@ -6,6 +6,7 @@
 
 pub mod budget;
 pub mod buffers;
+pub mod copy;
 pub mod engine;
 pub mod extents;
 mod fiemap;
@@ -25,6 +26,7 @@ pub use notes::Notes;
 pub use pool::Pool;
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 
@@ -70,6 +72,31 @@ pub trait Store: Send + Sync {
     /// Makes a range read as zeroes and keeps, or takes, space for it.
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError>;
 
+    /// The file it is, if it is one: for [`Store::take`] of another store, and not to be written.
+    fn file(&self) -> Option<&File> {
+        None
+    }
+
+    /// Takes over `len` bytes from byte `source` of a file, at byte `at`, by a way in which nobody has
+    /// to read them; says how many bytes that were (at least one). `None` if that way does not exist
+    /// between these two files, or has nothing to offer here.
+    fn take(
+        &self,
+        _from: &File,
+        _source: u64,
+        _at: u64,
+        _len: u64,
+        _how: copy::Method,
+    ) -> Result<Option<u64>, StoreError> {
+        Ok(None)
+    }
+
+    /// Ranges as they are now, whatever is written to them later, in a store of their own, and where
+    /// in it each of them begins. `None` where that would take time and space.
+    fn snapshot(&self, _ranges: &[Range<u64>]) -> Result<Option<Snapshot>, StoreError> {
+        Ok(None)
+    }
+
     /// How much space there is for it and how much it takes now; `None` where the host does not say.
     fn space(&self) -> Result<Option<Space>, StoreError>;
 
@@ -79,6 +106,14 @@ pub trait Store: Send + Sync {
     /// The threads that run this store's blocking work; its own, so that a host file system that
     /// hangs stops nothing but the disks on it.
     fn pool(&self) -> &Pool;
+}
+
+/// What [`Store::snapshot`] makes.
+pub struct Snapshot {
+    /// The bytes; gone with the last reference to it.
+    pub store: Box<dyn Store>,
+    /// Where in the store each range begins.
+    pub starts: Vec<u64>,
 }
 
 /// Space on the host, in bytes.
@@ -110,6 +145,8 @@ pub struct Capabilities {
     pub deallocates: bool,
     /// [`Store::reserve`] is cheap, and [`Store::extents`] tells what it has reserved.
     pub reserves: bool,
+    /// [`Store::snapshot`] works.
+    pub snapshots: bool,
     /// Offsets and lengths of transfers must be multiples of this (1 without O_DIRECT).
     pub transfer_align: u32,
     /// The host calls that were chosen, for the log.

@@ -109,6 +109,28 @@ pub(super) fn discards(file: &File) -> bool {
     })
 }
 
+/// Shares `len` bytes from `source` of `from` with `to` at `at` (FICLONERANGE).
+pub(super) fn reflink(from: &File, source: u64, to: &File, at: u64, len: u64) -> io::Result<()> {
+    let range = FileCloneRange {
+        from: i64::from(from.as_raw_fd()),
+        source,
+        len,
+        at,
+    };
+    // SAFETY: the kernel reads one `struct file_clone_range`, which has this size and layout.
+    unsafe { ioctl::ficlonerange(to.as_raw_fd(), &range) }?;
+    Ok(())
+}
+
+/// `struct file_clone_range` (linux/fs.h).
+#[repr(C)]
+pub(super) struct FileCloneRange {
+    from: i64,
+    source: u64,
+    len: u64,
+    at: u64,
+}
+
 /// What a loop device says about the file behind it.
 pub(super) struct LoopStatus {
     /// `st_dev` of the file.
@@ -143,6 +165,7 @@ pub(super) fn loop_status(file: &File) -> io::Result<LoopStatus> {
 
 mod ioctl {
     nix::ioctl_read_bad!(loop_get_status64, 0x4c05, super::LoopInfo64);
+    nix::ioctl_write_ptr!(ficlonerange, 0x94, 13, super::FileCloneRange);
     nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
     nix::ioctl_read_bad!(blksszget, 0x1268, libc::c_int);
 }
