@@ -341,9 +341,9 @@ fn report_supported_task_management_functions() {
 fn vpd_pages_are_listed_and_each_is_there() {
     let bench = Bench::new();
     let list = bench.data(&[0x12, 1, 0, 0, 255, 0], 255);
-    assert_eq!(list[4..], [0x00, 0x80, 0x83, 0x86, 0x87, 0x88, 0xb0, 0xb1, 0xb2]);
+    assert_eq!(list[4..], [0x00, 0x80, 0x83, 0x86, 0x87, 0x88, 0x8f, 0xb0, 0xb1, 0xb2]);
     for page in 0..=255u8 {
-        let answer = bench.run(&[0x12, 1, page, 1, 0, 0], &[], 256);
+        let answer = bench.run(&[0x12, 1, page, 4, 0, 0], &[], 1024);
         if list[4..].contains(&page) {
             let data = answer.expect_good();
             assert_eq!(data[1], page);

@@ -276,9 +276,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     ];
     let write = (place(), any::<u64>()).prop_map(|(at, seed)| Step::Write { at, seed });
     let unmap = (place(), any::<bool>()).prop_map(|(at, anchor)| Step::Unmap { at, anchor });
-    let same = (place(), any::<bool>(), any::<bool>(), contents).prop_map(
-        |(at, unmap, anchor, contents)| Step::WriteSame { at, unmap, anchor, contents },
-    );
+    let same = (place(), any::<bool>(), any::<bool>(), contents)
+        .prop_map(|(at, unmap, anchor, contents)| Step::WriteSame { at, unmap, anchor, contents });
     let step = prop_oneof![
         30 => write,
         20 => unmap,
@@ -349,7 +348,8 @@ impl Modelled<'_> {
                 let flags = if *unmap { WS_UNMAP } else { 0 } | if anchor { WS_ANCHOR } else { 0 };
                 let pattern = match contents {
                     Contents::NoBuffer => {
-                        lun.run(cdb::write_same16(flags | WS_NDOB, lba, count as u32)).expect_good();
+                        lun.run(cdb::write_same16(flags | WS_NDOB, lba, count as u32))
+                            .expect_good();
                         vec![0; block]
                     }
                     Contents::Zeroes => vec![0; block],

@@ -207,7 +207,11 @@ pub fn resume(lun: &Arc<Lun>) {
         background.become_state(State::Running(work.clone()));
         spawn(lun, work);
     } else {
-        log::warn!("{}: {} has failed before and must be repeated", lun.settings().serial, work.name());
+        log::warn!(
+            "{}: {} has failed before and must be repeated",
+            lun.settings().serial,
+            work.name()
+        );
         background.become_state(State::Failed(work));
     }
 }
@@ -226,7 +230,9 @@ fn spawn(lun: &Arc<Lun>, work: Work) {
             Err(error) => {
                 log::error!("{serial}: {} failed: {error:?}", work.name());
                 if note(&on, Some(&format!("failed {}", work.encode()))).is_err() {
-                    log::error!("{serial}: nor could that be noted: it is repeated at the next start");
+                    log::error!(
+                        "{serial}: nor could that be noted: it is repeated at the next start"
+                    );
                 }
                 State::Failed(work)
             }

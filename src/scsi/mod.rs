@@ -7,6 +7,7 @@ pub mod address;
 pub mod attention;
 pub mod background;
 pub mod cmd;
+pub mod copy;
 pub mod dispatch;
 pub mod fill;
 pub mod lun;

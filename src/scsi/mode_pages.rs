@@ -241,20 +241,18 @@ impl Pages {
 /// The Logical Block Provisioning page (SBC-4 6.5.9): one threshold for what is left, one for what is
 /// used, both off.
 fn provisioning_page() -> Page {
-    let set = [
-        (AVAILABLE_AT + 1, AVAILABLE),
-        (USED_AT, INCREASING),
-        (USED_AT + 1, USED),
-    ];
+    let set = [(AVAILABLE_AT + 1, AVAILABLE), (USED_AT, INCREASING), (USED_AT + 1, USED)];
     let counts = [AVAILABLE_AT, USED_AT].into_iter().flat_map(|at| at + 4..at + 8);
     let mut switches: Vec<Switch> =
         counts.map(|byte| Switch(INFORMATIONAL_EXCEPTIONS, byte, 0xff)).collect();
-    switches.extend([AVAILABLE_AT, USED_AT].map(|at| Switch(INFORMATIONAL_EXCEPTIONS, at, ENABLED)));
+    switches
+        .extend([AVAILABLE_AT, USED_AT].map(|at| Switch(INFORMATIONAL_EXCEPTIONS, at, ENABLED)));
     Page::new(INFORMATIONAL_EXCEPTIONS, PROVISIONING, USED_AT + 8, &set, &switches)
 }
 
 fn thresholds(pages: &[Page]) -> Thresholds {
-    let page = pages.iter().find(|p| (p.code, p.subpage) == (INFORMATIONAL_EXCEPTIONS, PROVISIONING));
+    let page =
+        pages.iter().find(|p| (p.code, p.subpage) == (INFORMATIONAL_EXCEPTIONS, PROVISIONING));
     let count = |at: usize| match page?.current.get(at..at + 8)? {
         [flags, _, _, _, count @ ..] if flags & ENABLED != 0 => {
             Some(u32::from_be_bytes(count.try_into().ok()?))

@@ -15,6 +15,7 @@ pub enum Key {
     IllegalRequest = 0x5,
     UnitAttention = 0x6,
     DataProtect = 0x7,
+    CopyAborted = 0xa,
     AbortedCommand = 0xb,
     Miscompare = 0xe,
 }
@@ -26,18 +27,36 @@ pub type Asc = u16;
 pub mod asc {
     use super::Asc;
     pub const NONE: Asc = 0x0000;
+    pub const OPERATION_IN_PROGRESS: Asc = 0x0016;
     pub const NOT_READY_INITIALIZING_COMMAND_REQUIRED: Asc = 0x0402;
     pub const NOT_READY_FORMAT_IN_PROGRESS: Asc = 0x0404;
     pub const NOT_READY_SANITIZE_IN_PROGRESS: Asc = 0x041b;
+    pub const UNREACHABLE_COPY_TARGET: Asc = 0x0804;
     pub const WRITE_ERROR: Asc = 0x0c00;
+    pub const THIRD_PARTY_DEVICE_FAILURE: Asc = 0x0d01;
+    pub const COPY_TARGET_DEVICE_NOT_REACHABLE: Asc = 0x0d02;
+    pub const INCORRECT_COPY_TARGET_DEVICE_TYPE: Asc = 0x0d03;
     pub const UNRECOVERED_READ_ERROR: Asc = 0x1100;
     pub const PARAMETER_LIST_LENGTH_ERROR: Asc = 0x1a00;
     pub const MISCOMPARE_DURING_VERIFY: Asc = 0x1d00;
     pub const INVALID_OPCODE: Asc = 0x2000;
     pub const LBA_OUT_OF_RANGE: Asc = 0x2100;
+    pub const UNSUPPORTED_TOKEN_TYPE: Asc = 0x2301;
+    pub const TOKEN_UNKNOWN: Asc = 0x2304;
+    pub const TOKEN_CORRUPT: Asc = 0x2305;
+    pub const TOKEN_REVOKED: Asc = 0x2306;
+    pub const TOKEN_EXPIRED: Asc = 0x2307;
+    pub const TOKEN_DELETED: Asc = 0x2309;
+    pub const INVALID_TOKEN_LENGTH: Asc = 0x230a;
     pub const INVALID_FIELD_IN_CDB: Asc = 0x2400;
     pub const LOGICAL_UNIT_NOT_SUPPORTED: Asc = 0x2500;
     pub const INVALID_FIELD_IN_PARAMETER_LIST: Asc = 0x2600;
+    pub const TOO_MANY_TARGET_DESCRIPTORS: Asc = 0x2606;
+    pub const UNSUPPORTED_TARGET_DESCRIPTOR_TYPE: Asc = 0x2607;
+    pub const TOO_MANY_SEGMENT_DESCRIPTORS: Asc = 0x2608;
+    pub const UNSUPPORTED_SEGMENT_DESCRIPTOR_TYPE: Asc = 0x2609;
+    pub const UNEXPECTED_INEXACT_SEGMENT: Asc = 0x260a;
+    pub const INLINE_DATA_LENGTH_EXCEEDED: Asc = 0x260b;
     pub const WRITE_PROTECTED: Asc = 0x2700;
     pub const SOFTWARE_WRITE_PROTECTED: Asc = 0x2702;
     pub const SPACE_ALLOCATION_FAILED: Asc = 0x2707;
@@ -64,6 +83,8 @@ pub struct Sense {
     pub specific: Option<KeySpecific>,
     /// INFORMATION: an LBA or an offset, as the command defines.
     pub information: Option<u64>,
+    /// COMMAND-SPECIFIC INFORMATION.
+    pub command_specific: Option<u64>,
 }
 
 /// Sense key specific data (SPC-5 4.4.2.4).
@@ -89,7 +110,7 @@ pub struct FieldPointer {
 impl Sense {
     /// Sense data without details.
     pub const fn new(key: Key, asc: Asc) -> Self {
-        Sense { key, asc, specific: None, information: None }
+        Sense { key, asc, specific: None, information: None, command_specific: None }
     }
 
     /// Encodes in fixed (70h) or descriptor (72h) format.
@@ -103,6 +124,8 @@ impl Sense {
         let [asc, ascq] = self.asc.to_be_bytes();
         let [i0, i1, i2, i3] = information.unwrap_or(0).to_be_bytes();
         let [s0, s1, s2] = self.specific.map_or([0; 3], KeySpecific::encode);
+        let command = self.command_specific.and_then(|c| u32::try_from(c).ok()).unwrap_or(0);
+        let [c0, c1, c2, c3] = command.to_be_bytes();
         let valid = if information.is_some() { 0x80 } else { 0 };
         vec![
             0x70 | valid,
@@ -113,10 +136,10 @@ impl Sense {
             i2,
             i3,
             10,
-            0,
-            0,
-            0,
-            0,
+            c0,
+            c1,
+            c2,
+            c3,
             asc,
             ascq,
             0,
@@ -132,6 +155,10 @@ impl Sense {
         if let Some(information) = self.information {
             descriptors.extend([0x00, 0x0a, 0x80, 0x00]);
             descriptors.extend(information.to_be_bytes());
+        }
+        if let Some(command) = self.command_specific {
+            descriptors.extend([0x01, 0x0a, 0x00, 0x00]);
+            descriptors.extend(command.to_be_bytes());
         }
         if let Some(specific) = self.specific {
             let [s0, s1, s2] = specific.encode();
@@ -227,7 +254,7 @@ impl ScsiError {
             Cause::Cancelled => return ScsiError::Aborted,
         };
         let information = error.at.map(|at| at / u64::from(block_size.max(1)));
-        ScsiError::Check(Sense { key, asc, specific: None, information })
+        ScsiError::Check(Sense { information, ..Sense::new(key, asc) })
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::address::{LunNumber, REPORT_LUNS_WLUN};
 use super::attention::{Nexus, UnitAttention};
+use super::copy::CopyManager;
 use super::lun::Lun;
 
 /// What a transport address leads to.
@@ -36,6 +37,7 @@ pub struct Target {
     disks: Vec<Arc<Lun>>,
     by_address: BTreeMap<(u8, LunNumber), usize>,
     nexuses: Mutex<Vec<Weak<Nexus>>>,
+    copies: Arc<CopyManager>,
 }
 
 impl Target {
@@ -43,7 +45,12 @@ impl Target {
     pub fn new(disks: Vec<Arc<Lun>>) -> Self {
         let address = |d: &Arc<Lun>| ((d.settings().target, d.settings().lun), d.index());
         let by_address = disks.iter().map(address).collect();
-        Target { disks, by_address, nexuses: Mutex::default() }
+        Target { disks, by_address, nexuses: Mutex::default(), copies: Arc::default() }
+    }
+
+    /// Copies between the disks.
+    pub fn copies(&self) -> &Arc<CopyManager> {
+        &self.copies
     }
 
     /// All disks.
@@ -89,6 +96,7 @@ impl Target {
     /// The effect of LOGICAL UNIT RESET on a disk, once its commands have ended.
     pub fn reset(&self, disk: &Lun) {
         disk.reset();
+        self.copies.reset(disk);
         let all = self.nexuses.lock().unwrap_or_else(PoisonError::into_inner);
         for nexus in all.iter().filter_map(Weak::upgrade) {
             nexus.attentions(disk.index()).reset(UnitAttention::PowerOnOrReset);

@@ -167,15 +167,9 @@ impl<'a> Copy<'a> {
 
     /// A piece whose source and destination do not overlap, or that is read whole before it is
     /// written; on failure also the bytes of it that are done.
-    fn piece(
-        &mut self,
-        source: Range<u64>,
-        at: u64,
-        before: u64,
-    ) -> Result<(), (u64, Failure)> {
+    fn piece(&mut self, source: Range<u64>, at: u64, before: u64) -> Result<(), (u64, Failure)> {
         let len = source.end - source.start;
-        let overlaps =
-            std::ptr::addr_eq(self.from, self.to) && at.abs_diff(source.start) < len;
+        let overlaps = std::ptr::addr_eq(self.from, self.to) && at.abs_diff(source.start) < len;
         if overlaps {
             self.check(before).map_err(|failure| (0, failure))?;
             return self.through_buffer(source, at).map_err(|failure| (0, failure));
@@ -228,12 +222,7 @@ impl<'a> Copy<'a> {
     }
 
     /// Data: the blocks that both sides have whole are shared, what is left around them is copied.
-    fn data(
-        &mut self,
-        source: Range<u64>,
-        at: u64,
-        before: u64,
-    ) -> Result<(), (u64, Failure)> {
+    fn data(&mut self, source: Range<u64>, at: u64, before: u64) -> Result<(), (u64, Failure)> {
         let mut done = 0;
         let len = source.end - source.start;
         while done < len {

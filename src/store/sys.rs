@@ -111,12 +111,7 @@ pub(super) fn discards(file: &File) -> bool {
 
 /// Shares `len` bytes from `source` of `from` with `to` at `at` (FICLONERANGE).
 pub(super) fn reflink(from: &File, source: u64, to: &File, at: u64, len: u64) -> io::Result<()> {
-    let range = FileCloneRange {
-        from: i64::from(from.as_raw_fd()),
-        source,
-        len,
-        at,
-    };
+    let range = FileCloneRange { from: i64::from(from.as_raw_fd()), source, len, at };
     // SAFETY: the kernel reads one `struct file_clone_range`, which has this size and layout.
     unsafe { ioctl::ficlonerange(to.as_raw_fd(), &range) }?;
     Ok(())

@@ -4,6 +4,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{Context, Reply, wire};
+use crate::scsi::lun::Lun;
 use crate::scsi::sense::ScsiError;
 use crate::scsi::wire::{U16, U32, U64, bytes_of};
 
@@ -53,6 +54,17 @@ pub(super) fn read_capacity_10(context: Context<'_>) -> Result<Reply, ScsiError>
     Ok(Reply::Data { bytes: bytes_of(&data), allocation: size_of::<Capacity10>() })
 }
 
+/// Bytes 8 to 15 of the READ CAPACITY(16) data: blocks, and how they are provisioned.
+pub(super) fn geometry(lun: &Lun) -> [u8; 8] {
+    let [a, b, c, d] = lun.block_size().to_be_bytes();
+    let [e, f] = provisioning(lun).to_be_bytes();
+    [a, b, c, d, 0, lun.physical_exponent(), e, f]
+}
+
+fn provisioning(lun: &Lun) -> u16 {
+    if lun.is_thin() { LBPME | LBPRZ } else { 0 }
+}
+
 /// READ CAPACITY(16).
 pub(super) fn read_capacity_16(context: Context<'_>) -> Result<Reply, ScsiError> {
     let cdb: &ReadCapacity16 = context.request.cdb.view()?;
@@ -61,7 +73,7 @@ pub(super) fn read_capacity_16(context: Context<'_>) -> Result<Reply, ScsiError>
         block_size: U32::new(context.lun.block_size()),
         protection: 0,
         physical_exponent: context.lun.physical_exponent(),
-        provisioning: U16::new(if context.lun.is_thin() { LBPME | LBPRZ } else { 0 }),
+        provisioning: U16::new(provisioning(context.lun)),
         reserved: [0; 16],
     };
     let allocation = wire::allocation(cdb.allocation.get());

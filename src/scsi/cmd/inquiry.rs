@@ -40,7 +40,7 @@ struct Standard {
     /// HISUP and the response data format.
     format: u8,
     additional_length: u8,
-    /// SCCS, TPGS, 3PC, PROTECT: none.
+    /// SCCS, TPGS, 3PC, PROTECT.
     flags5: u8,
     flags6: u8,
     /// CMDQUE.
@@ -52,6 +52,9 @@ struct Standard {
     version_descriptors: [U16; 8],
     reserved: [u8; 22],
 }
+
+/// 3PC.
+const THIRD_PARTY_COPY: u8 = 0x08;
 
 impl Standard {
     fn new(peripheral: u8) -> Self {
@@ -68,7 +71,7 @@ impl Standard {
             version: 6,
             format: 0x12,
             additional_length: wire::len8(size_of::<Self>() - 5),
-            flags5: 0,
+            flags5: if peripheral == DISK { THIRD_PARTY_COPY } else { 0 },
             flags6: 0,
             flags7: 0x02,
             vendor: ascii_field(VENDOR),

@@ -48,7 +48,11 @@ pub(super) fn log_sense(context: Context<'_>) -> Result<Reply, ScsiError> {
     let bytes = match wanted {
         _ if !pages.contains(&wanted) => {
             let known = pages.iter().any(|(code, _)| *code == wanted.0);
-            return Err(if known { ScsiError::cdb_field(3, 7) } else { ScsiError::cdb_field(2, 5) });
+            return Err(if known {
+                ScsiError::cdb_field(3, 7)
+            } else {
+                ScsiError::cdb_field(2, 5)
+            });
         }
         SUPPORTED => {
             let codes = pages.iter().filter(|(_, sub)| *sub == 0).map(|(page, _)| *page);

@@ -2,6 +2,7 @@
 //! tests all read it. A new command is one file, or a function in one, plus one row.
 
 mod capacity;
+mod extended_copy;
 mod flush;
 mod format;
 mod inquiry;
@@ -9,10 +10,13 @@ mod lba_status;
 mod log;
 mod mode;
 mod power;
+mod receive_copy;
 mod report;
 mod rw;
 mod sanitize;
 mod sense;
+mod third_party;
+mod token;
 mod unmap;
 mod verify;
 mod vpd;
@@ -327,7 +331,10 @@ const DPO_BYTCHK_LOW: u8 = 0x12;
 const UNMAP_ANCHOR: u8 = 0x18;
 /// Which disks know the UNMAP and ANCHOR bits of WRITE SAME, which are in byte 1 or 10.
 const fn write_same_options(byte: usize) -> [Bits; 2] {
-    [Bits { byte, bits: 0x08, needs: Needs::Thin }, Bits { byte, bits: 0x10, needs: Needs::Anchors }]
+    [
+        Bits { byte, bits: 0x08, needs: Needs::Thin },
+        Bits { byte, bits: 0x10, needs: Needs::Anchors },
+    ]
 }
 /// NDOB of WRITE SAME(16) and (32).
 const NDOB: u8 = 0x01;
@@ -418,6 +425,18 @@ const fn sanitize_cdb() -> [u8; 10] {
     [0x48, IMMED_AUSE, 0, 0, 0, 0, 0, FF, FF, 0]
 }
 
+/// Usage of EXTENDED COPY and its like: list identifier, parameter list length, group.
+const fn copy_cdb(list_id: [u8; 4], group: u8) -> [u8; 16] {
+    let [a, b, c, d] = list_id;
+    [0x83, 0, 0, 0, 0, 0, a, b, c, d, FF, FF, FF, FF, group, 0]
+}
+
+/// Usage of RECEIVE COPY RESULTS: list identifier, allocation length.
+const fn receive_cdb(list_id: [u8; 4]) -> [u8; 16] {
+    let [a, b, c, d] = list_id;
+    [0x84, 0, a, b, c, d, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0]
+}
+
 /// Usage of WRITE SAME(32): LBA, expected tags, blocks. CONTROL is byte 1.
 #[rustfmt::skip]
 const WRITE_SAME_32: [u8; 32] = [
@@ -468,6 +487,19 @@ pub static TABLE: &[Command] = &[
     row("MODE SENSE(10)", &[0x5a, 0x18, FF, FF, 0, 0, 0, FF, FF, 0], In, NA, QUICK, mode::mode_sense),
     row("WRITE SAME(32)", &WRITE_SAME_32, Out, Write, FLUSH, write_same::write_same).variable(0x0d).options(const { &write_same_options(10) }),
     row("GET LBA STATUS(32)", &GET_LBA_STATUS_32, In, Read, TRANSFER, lba_status::get_lba_status_32).variable(0x12),
+    row("EXTENDED COPY(LID1)", const { &copy_cdb([0, 0, 0, 0], 0) }, Out, Read, LONG, extended_copy::lid1).action(0x00),
+    row("EXTENDED COPY(LID4)", const { &copy_cdb([0, 0, 0, 0], 0) }, Out, Read, LONG, extended_copy::lid4).action(0x01),
+    row("POPULATE TOKEN", const { &copy_cdb([FF, FF, FF, FF], GROUP) }, Out, Read, LONG, token::populate).action(0x10),
+    row("WRITE USING TOKEN", const { &copy_cdb([FF, FF, FF, FF], GROUP) }, Out, Write, LONG, token::write).action(0x11),
+    row("COPY OPERATION ABORT", &[0x83, 0, FF, FF, FF, FF, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], NO, NA, FLUSH, extended_copy::abort).action(0x1c),
+    row("RECEIVE COPY STATUS(LID1)", const { &receive_cdb([FF, 0, 0, 0]) }, In, NA, QUICK, receive_copy::status_lid1).action(0x00),
+    row("RECEIVE COPY DATA(LID1)", const { &receive_cdb([FF, 0, 0, 0]) }, In, NA, QUICK, receive_copy::data_lid1).action(0x01),
+    row("RECEIVE COPY OPERATING PARAMETERS", const { &receive_cdb([0; 4]) }, In, NA, QUICK, receive_copy::operating_parameters).action(0x03),
+    row("RECEIVE COPY FAILURE DETAILS(LID1)", const { &receive_cdb([FF, 0, 0, 0]) }, In, NA, QUICK, receive_copy::failure_details).action(0x04),
+    row("RECEIVE COPY STATUS(LID4)", const { &receive_cdb([FF; 4]) }, In, NA, QUICK, receive_copy::status_lid4).action(0x05),
+    row("RECEIVE COPY DATA(LID4)", const { &receive_cdb([FF; 4]) }, In, NA, QUICK, receive_copy::data_lid4).action(0x06),
+    row("RECEIVE ROD TOKEN INFORMATION", const { &receive_cdb([FF; 4]) }, In, NA, QUICK, receive_copy::token_information).action(0x07),
+    row("REPORT ALL ROD TOKENS", const { &receive_cdb([0; 4]) }, In, NA, QUICK, receive_copy::all_tokens).action(0x08),
     row("READ(16)", const { &cdb16(0x88, DPO_FUA) }, In, Read, TRANSFER, rw::read),
     row("WRITE(16)", const { &cdb16(0x8a, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
     row("WRITE AND VERIFY(16)", const { &cdb16(0x8e, DPO_BYTCHK_LOW) }, Out, Write, TRANSFER, verify::write_and_verify),

@@ -3,7 +3,7 @@
 
 use zerocopy::{Immutable, IntoBytes, Unaligned};
 
-use super::{unmap, write_same};
+use super::{third_party, unmap, write_same};
 use crate::scsi::lun::Lun;
 use crate::scsi::provisioning;
 use crate::scsi::sense::ScsiError;
@@ -23,6 +23,7 @@ const PAGES: &[Page] = &[
     (0x86, extended_inquiry),
     (0x87, mode_page_policy),
     (0x88, scsi_ports),
+    (0x8f, third_party::page),
     (0xb0, block_limits),
     (0xb1, block_device_characteristics),
     (0xb2, logical_block_provisioning),
@@ -52,30 +53,16 @@ fn unit_serial_number(lun: &Lun) -> Vec<u8> {
 /// The relative target port identifier; there is one port.
 const RELATIVE_PORT: u16 = 1;
 
-/// Code set, designator type and association of a designation descriptor (SPC-5 7.7.6).
-enum Kind {
-    T10VendorId,
-    Naa,
-    RelativeTargetPort,
-    ScsiNameString,
-}
+/// Code set, then association and designator type of a designation descriptor (SPC-5 7.7.6).
+type Head = [u8; 2];
+const NAA: Head = [1, 3];
+const T10_VENDOR_ID: Head = [2, 1];
+const SCSI_NAME_STRING: Head = [3, 8];
+const RELATIVE_TARGET_PORT: Head = [1, 1 << 4 | 4];
 
-/// One designation descriptor.
-fn designator(kind: Kind, designator: &[u8]) -> Vec<u8> {
-    let (code_set, association, designator_type) = match kind {
-        Kind::T10VendorId => (2, 0, 1),
-        Kind::Naa => (1, 0, 3),
-        Kind::RelativeTargetPort => (1, 1, 4),
-        Kind::ScsiNameString => (3, 0, 8),
-    };
-    let mut bytes = vec![code_set, association << 4 | designator_type, 0, len8(designator.len())];
-    bytes.extend_from_slice(designator);
-    bytes
-}
-
-/// The disk's NAA, its T10 name, its SCSI name string, and the port. All but the last stay the same
-/// wherever and however often the image is served.
-fn device_identification(lun: &Lun) -> Vec<u8> {
+/// The names of a disk: its NAA, its T10 name, its SCSI name string. They stay the same wherever and
+/// however often the image is served.
+pub(super) fn designators(lun: &Lun) -> [(Head, Vec<u8>); 3] {
     let settings = lun.settings();
     let hex: String = settings.naa.iter().map(|b| format!("{b:02X}")).collect();
     // UTF-8, null-terminated and padded to a multiple of four (SPC-5 4.3.2).
@@ -83,14 +70,19 @@ fn device_identification(lun: &Lun) -> Vec<u8> {
     name.resize((name.len() + 1).next_multiple_of(4), 0);
     let mut t10 = ascii_field::<8>(VENDOR).to_vec();
     t10.extend(settings.serial.bytes());
+    [(NAA, settings.naa.clone()), (T10_VENDOR_ID, t10), (SCSI_NAME_STRING, name)]
+}
+
+/// The disk's names, and the port.
+fn device_identification(lun: &Lun) -> Vec<u8> {
     let port = [[0, 0], RELATIVE_PORT.to_be_bytes()].concat();
-    [
-        designator(Kind::Naa, &settings.naa),
-        designator(Kind::T10VendorId, &t10),
-        designator(Kind::ScsiNameString, &name),
-        designator(Kind::RelativeTargetPort, &port),
-    ]
-    .concat()
+    designators(lun)
+        .into_iter()
+        .chain([(RELATIVE_TARGET_PORT, port)])
+        .flat_map(|([code_set, kind], bytes)| {
+            [vec![code_set, kind, 0, len8(bytes.len())], bytes].concat()
+        })
+        .collect()
 }
 
 fn extended_inquiry(_: &Lun) -> Vec<u8> {

@@ -1,0 +1,289 @@
+//! The copy manager (SPC-5 5.18): copies under way, what became of those that ended, and the tokens
+//! that stand for data. One for all disks of a target, as copies go from one to another.
+
+pub mod rod;
+pub mod segment;
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use super::attention::Nexus;
+use super::lun::Lun;
+use super::sense::{Key, ScsiError, Sense, asc};
+use crate::store::engine::Cancel;
+use rod::{Rods, TokenBytes};
+
+/// TOTAL CONCURRENT COPIES and MAXIMUM IDENTIFIED CONCURRENT COPIES.
+pub const MAX_COPIES: usize = 8;
+
+/// Copies that are remembered after they have ended, over all initiators.
+const MAX_REMEMBERED: usize = 256;
+
+/// How often one that waits for a copy's end looks whether it was aborted itself.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What has become of a copy (SPC-5 table 211).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    /// Under way, and the command waits for it.
+    Foreground = 0x11,
+    /// Under way, and the command has ended.
+    Background = 0x12,
+    /// Done.
+    Done = 0x01,
+    /// Ended with an error.
+    Failed = 0x02,
+    /// Done as far as the token's data went.
+    Residual = 0x04,
+    /// Ended because somebody wanted it to.
+    Terminated = 0x60,
+}
+
+impl Status {
+    fn is_running(self) -> bool {
+        matches!(self, Status::Foreground | Status::Background)
+    }
+}
+
+/// What is told of a copy.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// What has become of it.
+    pub status: Status,
+    /// Segments that were processed.
+    pub segments: u16,
+    /// Bytes that were transferred.
+    pub bytes: u64,
+    /// Why it failed.
+    pub sense: Option<Sense>,
+    /// Tokens that it made.
+    pub tokens: Vec<TokenBytes>,
+}
+
+/// One copy.
+pub struct Operation {
+    owner: Weak<Nexus>,
+    /// The disk whose copy manager was asked.
+    lun: usize,
+    list_id: Option<u32>,
+    /// The command: its service action.
+    pub service_action: u8,
+    /// Logical block size of the disk that was asked, in bytes.
+    pub block_size: u32,
+    /// Remembered after its end.
+    hold: bool,
+    cancel: Cancel,
+    report: Mutex<Report>,
+}
+
+impl Operation {
+    fn lock(&self) -> MutexGuard<'_, Report> {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is to be told of it now.
+    pub fn report(&self) -> Report {
+        self.lock().clone()
+    }
+
+    /// Changes what is told of it.
+    pub fn update(&self, change: impl FnOnce(&mut Report)) {
+        change(&mut self.lock());
+    }
+
+    /// Whether it shall end: it was told to, or its initiator is gone.
+    pub fn shall_end(&self) -> bool {
+        self.cancel.is_requested() || self.owner.strong_count() == 0
+    }
+
+    fn is(&self, nexus: &Arc<Nexus>, lun: usize, list_id: u32) -> bool {
+        let owner = std::ptr::eq(self.owner.as_ptr(), Arc::as_ptr(nexus));
+        owner && self.lun == lun && self.list_id == Some(list_id)
+    }
+}
+
+/// How a copy is begun.
+pub struct Start {
+    /// LIST IDENTIFIER; `None` if it has none.
+    pub list_id: Option<u32>,
+    /// The command's service action.
+    pub service_action: u8,
+    /// Whether it is remembered after its end.
+    pub hold: bool,
+    /// Whether the command ends before the copy does.
+    pub immediate: bool,
+}
+
+/// A copy that was entered and has to be ended. Dropped before that, because its command was taken back
+/// before it began, it is terminated.
+pub struct Running {
+    manager: Arc<CopyManager>,
+    operation: Arc<Operation>,
+    ended: bool,
+}
+
+impl Running {
+    /// Runs it to its end.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn run(
+        mut self,
+        work: impl FnOnce(&Operation) -> Result<(), ScsiError>,
+    ) -> Result<(), ScsiError> {
+        let result = work(&self.operation);
+        self.manager.end(&self.operation, &result);
+        self.ended = true;
+        result
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.manager.end(&self.operation, &Err(ScsiError::Aborted));
+        }
+    }
+}
+
+/// All copies and tokens.
+#[derive(Default)]
+pub struct CopyManager {
+    operations: Mutex<Vec<Arc<Operation>>>,
+    ended: Condvar,
+    rods: Rods,
+}
+
+impl CopyManager {
+    /// The tokens.
+    pub fn rods(&self) -> &Rods {
+        &self.rods
+    }
+
+    fn operations(&self) -> MutexGuard<'_, Vec<Arc<Operation>>> {
+        self.operations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters a copy.
+    ///
+    /// # Errors
+    /// 05/00/16 if the list identifier is in use, BUSY if there are too many copies.
+    pub fn begin(
+        self: &Arc<Self>,
+        nexus: &Arc<Nexus>,
+        lun: &Lun,
+        start: &Start,
+    ) -> Result<Running, ScsiError> {
+        let mut all = self.operations();
+        let running = |o: &Operation| o.report().status.is_running();
+        all.retain(|o| o.owner.strong_count() > 0 || running(o));
+        let same = |o: &Operation| start.list_id.is_some_and(|id| o.is(nexus, lun.index(), id));
+        if all.iter().any(|o| same(o) && running(o)) {
+            return Err(ScsiError::illegal(asc::OPERATION_IN_PROGRESS));
+        }
+        if all.iter().filter(|o| running(o)).count() >= MAX_COPIES {
+            return Err(ScsiError::Busy);
+        }
+        all.retain(|o| !same(o));
+        if all.len() >= MAX_REMEMBERED
+            && let Some(oldest) = all.iter().position(|o| !running(o))
+        {
+            all.remove(oldest);
+        }
+        let report = Report {
+            status: if start.immediate { Status::Background } else { Status::Foreground },
+            segments: 0,
+            bytes: 0,
+            sense: None,
+            tokens: Vec::new(),
+        };
+        let operation = Arc::new(Operation {
+            owner: Arc::downgrade(nexus),
+            lun: lun.index(),
+            list_id: start.list_id,
+            service_action: start.service_action,
+            block_size: lun.block_size(),
+            hold: start.hold,
+            cancel: Cancel::default(),
+            report: Mutex::new(report),
+        });
+        all.push(Arc::clone(&operation));
+        Ok(Running { manager: Arc::clone(self), operation, ended: false })
+    }
+
+    /// Notes how a copy has ended.
+    fn end(&self, operation: &Arc<Operation>, result: &Result<(), ScsiError>) {
+        let mut all = self.operations();
+        operation.update(|report| match result {
+            Ok(()) if report.status.is_running() => report.status = Status::Done,
+            Ok(()) => {}
+            Err(ScsiError::Aborted) => report.status = Status::Terminated,
+            Err(error) => {
+                report.status = Status::Failed;
+                report.sense = Some(error.as_sense());
+            }
+        });
+        if !operation.hold {
+            all.retain(|o| !Arc::ptr_eq(o, operation));
+        }
+        drop(all);
+        self.ended.notify_all();
+    }
+
+    /// The copy with this list identifier.
+    ///
+    /// # Errors
+    /// 05/24/00 pointing at the field if there is none.
+    pub fn find(
+        &self,
+        nexus: &Arc<Nexus>,
+        lun: &Lun,
+        list_id: u32,
+        field: u16,
+    ) -> Result<Arc<Operation>, ScsiError> {
+        let all = self.operations();
+        let found = all.iter().find(|o| o.is(nexus, lun.index(), list_id));
+        found.cloned().ok_or(ScsiError::cdb_field(field, 7))
+    }
+
+    /// Forgets a copy whose end was told.
+    pub fn forget(&self, operation: &Arc<Operation>) {
+        self.operations().retain(|o| !Arc::ptr_eq(o, operation));
+    }
+
+    /// Ends a copy and waits for that.
+    ///
+    /// # Errors
+    /// If the command that waits is aborted itself.
+    pub fn abort(&self, operation: &Arc<Operation>, cancel: &Cancel) -> Result<(), ScsiError> {
+        operation.cancel.request();
+        let mut all = self.operations();
+        while operation.report().status.is_running() {
+            if cancel.is_requested() {
+                return Err(ScsiError::Aborted);
+            }
+            all = self.ended.wait_timeout(all, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+
+    /// A reset of a disk ends the copies that were asked of it, and they are forgotten.
+    pub fn reset(&self, lun: &Lun) {
+        let mut all = self.operations();
+        all.iter().filter(|o| o.lun == lun.index()).for_each(|o| o.cancel.request());
+        all.retain(|o| o.lun != lun.index() || o.report().status.is_running());
+    }
+}
+
+impl ScsiError {
+    /// Sense data for a copy that is asked about after it has failed.
+    fn as_sense(self) -> Sense {
+        match self {
+            ScsiError::Check(sense) => sense,
+            ScsiError::Busy | ScsiError::Overrun | ScsiError::Aborted => {
+                Sense::new(Key::CopyAborted, asc::NONE)
+            }
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! Representations of data (SPC-5 5.18.6): tokens that stand for blocks of a disk, as they were when the
+//! token was made where the host can keep them so, or as they are when it is used.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use zerocopy::{Immutable, IntoBytes, Unaligned};
+
+use super::segment::transfer;
+use crate::scsi::lun::{ByteRange, Lun};
+use crate::scsi::sense::{ScsiError, asc};
+use crate::scsi::wire::{U16, U32, U64};
+use crate::store::Snapshot;
+use crate::store::copy::CopyError;
+
+/// A ROD token as it goes over the wire.
+pub type TokenBytes = [u8; TOKEN_LEN];
+
+/// Bytes of a token.
+pub const TOKEN_LEN: usize = 512;
+/// Bytes of a token that is only shown to manage it: nothing can be read with it.
+pub const MANAGEMENT_TOKEN_LEN: usize = 128;
+
+/// Tokens that are held at the same time, over all disks.
+const MAX_TOKENS: usize = 64;
+/// Tokens that are known to be dead, to tell their users why.
+const MAX_DEAD: usize = 256;
+
+/// ROD TYPE: the data is read when the token is used.
+pub const ACCESS_UPON_REFERENCE: u32 = 0x0001_0000;
+/// ROD TYPE: the data is as it was when the token was made.
+pub const POINT_IN_TIME: u32 = 0x0080_0000;
+/// ROD TYPE: any kind of point in time copy will do.
+pub const POINT_IN_TIME_ANY: u32 = 0x0080_ffff;
+/// ROD TYPE: zeroes; everybody knows this token.
+pub const BLOCK_ZERO: u32 = 0xffff_0001;
+
+/// Seconds that a token lives unused, unless its maker says otherwise.
+pub const DEFAULT_TIMEOUT: u32 = 60;
+/// Most seconds that its maker can ask for.
+pub const MAX_TIMEOUT: u32 = 3600;
+
+/// Data that a token stands for.
+pub struct Rod {
+    token: TokenBytes,
+    source: Weak<Lun>,
+    ranges: Vec<ByteRange>,
+    /// `None`: access upon reference.
+    snapshot: Option<Snapshot>,
+    timeout: Duration,
+    used: Mutex<Instant>,
+}
+
+/// Why a token is no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Death {
+    Expired,
+    Deleted,
+}
+
+/// All tokens.
+#[derive(Default)]
+pub struct Rods {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    next: u64,
+    live: Vec<Arc<Rod>>,
+    dead: Vec<(u64, Death)>,
+    /// A thread waits for the next token to expire.
+    reaping: bool,
+}
+
+/// What a token begins with.
+#[derive(IntoBytes, Immutable, Unaligned)]
+#[repr(C)]
+struct Head {
+    kind: U32,
+    reserved: U16,
+    /// Length of what follows.
+    length: U16,
+    identifier: U64,
+    /// The disk it was made of, as an identification CSCD descriptor.
+    creator: [u8; 32],
+    /// NUMBER OF BYTES REPRESENTED, 128 bits.
+    bytes_high: U64,
+    bytes: U64,
+    manager_specific: [u8; 32],
+    /// Block length and what else READ CAPACITY(16) says of blocks.
+    geometry: [u8; 8],
+    reserved2: [u8; 24],
+}
+
+/// The disk that a token is made of, as the token says it.
+pub struct Creator {
+    /// Its name, as an identification CSCD descriptor.
+    pub descriptor: [u8; 32],
+    /// Bytes 8 to 15 of its READ CAPACITY(16) data.
+    pub geometry: [u8; 8],
+}
+
+impl Rod {
+    /// Bytes of data.
+    pub fn len(&self) -> u64 {
+        self.ranges.iter().map(|r| r.end - r.start).sum()
+    }
+
+    /// Whether it stands for no data at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn identifier(&self) -> u64 {
+        identifier(&self.token)
+    }
+
+    fn expires(&self) -> Instant {
+        *self.used.lock().unwrap_or_else(PoisonError::into_inner) + self.timeout
+    }
+
+    fn touch(&self) {
+        *self.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Copies `len` bytes from byte `offset` of the data to a disk.
+    ///
+    /// # Errors
+    /// How far it came and why it ended; 05/23/06 if the disk it was made of is gone.
+    pub fn copy_to(
+        &self,
+        offset: u64,
+        len: u64,
+        to: &Lun,
+        at: u64,
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Result<(), CopyError>, ScsiError> {
+        let source = self.source.upgrade().ok_or(ScsiError::illegal(asc::TOKEN_REVOKED))?;
+        let (mut skip, mut done) = (offset, 0);
+        for (number, range) in self.ranges.iter().enumerate() {
+            let size = range.end - range.start;
+            if skip >= size || done == len {
+                skip = skip.saturating_sub(size);
+                continue;
+            }
+            let n = (size - skip).min(len - done);
+            let (store, start) = match &self.snapshot {
+                Some(snapshot) => {
+                    let start = snapshot.starts.get(number).copied().unwrap_or(0);
+                    (snapshot.store.as_ref(), start)
+                }
+                None => (source.store().as_ref(), range.start),
+            };
+            let from = start + skip..start + skip + n;
+            let before = done;
+            let result = transfer(store, from, to, at + done, &mut |more| go_on(before + more));
+            if let Err(error) = result {
+                return Ok(Err(CopyError { done: before + error.done, ..error }));
+            }
+            (done, skip) = (done + n, 0);
+        }
+        Ok(Ok(()))
+    }
+}
+
+fn identifier(token: &TokenBytes) -> u64 {
+    token.get(8..16).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+}
+
+/// ROD TYPE of a token.
+pub fn token_type(token: &TokenBytes) -> u32 {
+    let [a, b, c, d, ..] = *token;
+    u32::from_be_bytes([a, b, c, d])
+}
+
+/// The token for zeroes.
+pub fn block_zero() -> TokenBytes {
+    let mut token = [0; TOKEN_LEN];
+    let head = [&BLOCK_ZERO.to_be_bytes()[..], &[0, 0, 0x01, 0xf8]].concat();
+    token.iter_mut().zip(head).for_each(|(to, from)| *to = from);
+    token
+}
+
+impl Rods {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a token for ranges of a disk. Blocks.
+    ///
+    /// # Errors
+    /// BUSY if there are too many tokens; what the host says if it cannot keep the data.
+    pub fn create(
+        &self,
+        lun: &Arc<Lun>,
+        creator: &Creator,
+        ranges: Vec<ByteRange>,
+        point_in_time: bool,
+        timeout: Duration,
+    ) -> Result<TokenBytes, ScsiError> {
+        if self.state().live.len() >= MAX_TOKENS {
+            return Err(ScsiError::Busy);
+        }
+        let snapshot = match point_in_time {
+            true => lun
+                .store()
+                .snapshot(&ranges)
+                .map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?,
+            false => None,
+        };
+        let kind = if snapshot.is_some() { POINT_IN_TIME } else { ACCESS_UPON_REFERENCE };
+        let bytes = ranges.iter().map(|r| r.end - r.start).sum();
+        let mut state = self.state();
+        if state.live.len() >= MAX_TOKENS {
+            return Err(ScsiError::Busy);
+        }
+        state.next += 1;
+        let token = make_token(kind, state.next, creator, bytes)?;
+        let used = Mutex::new(Instant::now());
+        let source = Arc::downgrade(lun);
+        state.live.push(Arc::new(Rod { token, source, ranges, snapshot, timeout, used }));
+        self.reap(&mut state);
+        Ok(token)
+    }
+
+    /// The data of a token, which is used by that.
+    ///
+    /// # Errors
+    /// 05/23/xx: the token is unknown, expired, deleted, or not what was given out.
+    pub fn find(&self, token: &TokenBytes) -> Result<Arc<Rod>, ScsiError> {
+        let mut state = self.state();
+        state.bury();
+        let wanted = identifier(token);
+        if let Some(rod) = state.live.iter().find(|rod| rod.identifier() == wanted) {
+            // The comparison takes the same time wherever they differ.
+            let differs = rod.token.iter().zip(token).fold(0, |all, (a, b)| all | (a ^ b));
+            if differs != 0 {
+                return Err(ScsiError::illegal(asc::TOKEN_CORRUPT));
+            }
+            rod.touch();
+            return Ok(Arc::clone(rod));
+        }
+        let death = state.dead.iter().find(|(identifier, _)| *identifier == wanted);
+        Err(ScsiError::illegal(match death {
+            Some((_, Death::Expired)) => asc::TOKEN_EXPIRED,
+            Some((_, Death::Deleted)) => asc::TOKEN_DELETED,
+            None => asc::TOKEN_UNKNOWN,
+        }))
+    }
+
+    /// Takes a token out of use (DEL_TKN).
+    pub fn delete(&self, rod: &Arc<Rod>) {
+        let mut state = self.state();
+        let identifier = rod.identifier();
+        if let Some(at) = state.live.iter().position(|r| Arc::ptr_eq(r, rod)) {
+            state.live.remove(at);
+            state.remember(identifier, Death::Deleted);
+        }
+        self.shared.changed.notify_all();
+    }
+
+    /// The tokens that there are, without what makes them usable.
+    pub fn list(&self) -> Vec<[u8; MANAGEMENT_TOKEN_LEN]> {
+        let mut state = self.state();
+        state.bury();
+        let head = |rod: &Arc<Rod>| rod.token.first_chunk().copied();
+        state.live.iter().filter_map(head).collect()
+    }
+
+    /// Has the tokens' space given back when their time is over, whether or not anybody asks: a thread
+    /// that lives as long as there are tokens.
+    fn reap(&self, state: &mut State) {
+        if state.reaping {
+            self.shared.changed.notify_all();
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        let spawned = thread::Builder::new().name("tokens".into()).spawn(move || shared.wait());
+        state.reaping = spawned.is_ok();
+    }
+}
+
+impl Shared {
+    fn wait(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            state.bury();
+            let Some(next) = state.live.iter().map(|rod| rod.expires()).min() else {
+                state.reaping = false;
+                return;
+            };
+            let until = next.saturating_duration_since(Instant::now());
+            let waited = self.changed.wait_timeout(state, until);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl State {
+    /// Lets go of the tokens whose time is over. One that is being used has time as long as it is.
+    fn bury(&mut self) {
+        let now = Instant::now();
+        let mut expired = Vec::new();
+        self.live.retain(|rod| {
+            if Arc::strong_count(rod) > 1 {
+                rod.touch();
+            }
+            let lives = rod.expires() > now;
+            if !lives {
+                expired.push(rod.identifier());
+            }
+            lives
+        });
+        expired.into_iter().for_each(|identifier| self.remember(identifier, Death::Expired));
+    }
+
+    fn remember(&mut self, identifier: u64, death: Death) {
+        if self.dead.len() >= MAX_DEAD {
+            self.dead.remove(0);
+        }
+        self.dead.push((identifier, death));
+    }
+}
+
+/// A token that cannot be guessed: everything behind its head is random.
+fn make_token(
+    kind: u32,
+    identifier: u64,
+    creator: &Creator,
+    bytes: u64,
+) -> Result<TokenBytes, ScsiError> {
+    let head = Head {
+        kind: U32::new(kind),
+        reserved: U16::ZERO,
+        length: U16::new(0x01f8),
+        identifier: U64::new(identifier),
+        creator: creator.descriptor,
+        bytes_high: U64::ZERO,
+        bytes: U64::new(bytes),
+        manager_specific: [0; 32],
+        geometry: creator.geometry,
+        reserved2: [0; 24],
+    };
+    let mut token = [0; TOKEN_LEN];
+    getrandom::fill(&mut token).map_err(|_| ScsiError::Busy)?;
+    token.iter_mut().zip(head.as_bytes()).for_each(|(to, from)| *to = *from);
+    Ok(token)
+}
