@@ -59,9 +59,10 @@ pub struct MapArgs {
     #[arg(long, value_enum, default_value_t = Output::Human)]
     pub output: Output,
 
-    /// Draw the picture again every so many seconds.
+    /// Draw the picture again every so many seconds, until it is interrupted.
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1",
-          conflicts_with = "output")]
+          require_equals = true, conflicts_with = "output",
+          value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub watch: Option<u64>,
 
     /// Cells in a row of the picture.

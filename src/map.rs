@@ -2,13 +2,17 @@
 //! picture. It only looks: it takes no lock and works on a file that is being served.
 
 use std::io::{self, BufWriter, IsTerminal, Write};
-use std::thread;
+use std::os::fd::AsFd;
 use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::SignalFd;
 
 use crate::cli::{MapArgs, Output};
 use crate::config::StartError;
 use crate::store::file::{FileStore, OpenError};
-use crate::store::{Extent, Kind, Store, StoreError};
+use crate::store::{Extent, Kind, Space, Store, StoreError};
 
 /// Extents asked for at a time.
 const STEP: usize = 4096;
@@ -58,24 +62,46 @@ fn print(args: &MapArgs, store: &FileStore) -> Result<(), Failure> {
         (Output::Json, _) => print_json(&mut out, store)?,
         (Output::Human, None) => {
             let picture = print_table(&mut out, store, args.width)?;
-            picture.print(&mut out, colour)?;
+            picture.print(&mut out, store.space()?, colour)?;
         }
-        (Output::Human, Some(seconds)) => loop {
-            let mut picture = Picture::new(store.size()?, args.width);
-            for_each(store, |extent| {
-                picture.add(extent);
-                Ok(())
-            })?;
-            if terminal {
-                // Home, and clear what is below.
-                write!(out, "\x1b[H\x1b[J{}\n\n", args.disk.display())?;
-            }
-            picture.print(&mut out, colour)?;
-            out.flush()?;
-            thread::sleep(Duration::from_secs(seconds.max(1)));
-        },
+        (Output::Human, Some(seconds)) => watch(&mut out, args, store, seconds, terminal, colour)?,
     }
     Ok(out.flush()?)
+}
+
+/// Draws the picture again and again until a signal ends it, which is what one does to end it: the
+/// status is 0. A frame is written as a whole.
+fn watch(
+    out: &mut impl Write,
+    args: &MapArgs,
+    store: &FileStore,
+    seconds: u64,
+    terminal: bool,
+    colour: bool,
+) -> Result<(), Failure> {
+    let ends: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
+    ends.thread_block().map_err(io::Error::from)?;
+    let ended = SignalFd::new(&ends).map_err(io::Error::from)?;
+    let pause = PollTimeout::try_from(Duration::from_secs(seconds)).unwrap_or(PollTimeout::MAX);
+    loop {
+        let mut frame = Vec::new();
+        if terminal {
+            // Home, and clear what is below.
+            write!(frame, "\x1b[H\x1b[J{}\n\n", args.disk.display())?;
+        }
+        let mut picture = Picture::new(store.size()?, args.width);
+        for_each(store, |extent| {
+            picture.add(extent);
+            Ok(())
+        })?;
+        picture.print(&mut frame, store.space()?, colour)?;
+        out.write_all(&frame)?;
+        out.flush()?;
+        let mut fds = [PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, pause).map_err(io::Error::from)? > 0 {
+            return Ok(());
+        }
+    }
 }
 
 /// Calls `f` for each extent of the file, neighbours of one kind merged.
@@ -156,7 +182,8 @@ struct Picture {
     width: u64,
     /// Bytes of a cell.
     cell: u64,
-    cells: Vec<Kind>,
+    /// Bytes of each kind in each cell.
+    cells: Vec<[u64; 3]>,
     /// Bytes and number of extents that are mapped, anchored, deallocated.
     totals: [(u64, u64); 3],
 }
@@ -166,48 +193,78 @@ impl Picture {
         let width = u64::from(width.max(1));
         let cell = size.div_ceil(width * ROWS).next_multiple_of(512).max(512);
         let count = usize::try_from(size.div_ceil(cell)).unwrap_or(0);
-        Picture { size, width, cell, cells: vec![Kind::Hole; count], totals: [(0, 0); 3] }
+        Picture { size, width, cell, cells: vec![[0; 3]; count], totals: [(0, 0); 3] }
     }
 
-    /// A cell with any data in it is mapped, one with any anchored byte is anchored.
     fn add(&mut self, extent: &Extent) {
+        let (start, end) = (extent.range.start, extent.range.end);
         if let Some((bytes, count)) = self.totals.get_mut(rank(extent.kind)) {
-            *bytes += extent.range.end - extent.range.start;
+            *bytes += end - start;
             *count += 1;
         }
-        let index = |at: u64| usize::try_from(at / self.cell).unwrap_or(usize::MAX);
-        let (first, last) = (index(extent.range.start), index(extent.range.end.saturating_sub(1)));
-        let count = last.saturating_sub(first) + 1;
-        for cell in self.cells.iter_mut().skip(first).take(count) {
-            if rank(extent.kind) < rank(*cell) {
-                *cell = extent.kind;
+        let first = start / self.cell;
+        let cells = self.cells.iter_mut().skip(usize::try_from(first).unwrap_or(usize::MAX));
+        for (cell, from) in cells.zip((first * self.cell..end).step_by(step(self.cell))) {
+            let inside = end.min(from.saturating_add(self.cell)) - start.max(from);
+            if let Some(bytes) = cell.get_mut(rank(extent.kind)) {
+                *bytes += inside;
             }
         }
     }
 
-    fn print(&self, out: &mut impl Write, colour: bool) -> io::Result<()> {
+    fn print(&self, out: &mut impl Write, space: Option<Space>, colour: bool) -> io::Result<()> {
         let width = usize::try_from(self.width).unwrap_or(1);
         for row in self.cells.chunks(width) {
-            let cells: String = row.iter().map(|kind| cell(*kind, colour)).collect();
+            let cells: String = row.iter().map(|bytes| Cell::of(*bytes).draw(colour)).collect();
             writeln!(out, "{cells}")?;
         }
-        let of = |kind| self.totals.get(rank(kind)).copied().unwrap_or_default();
-        writeln!(out, "\none cell is {}", human(self.cell))?;
-        for kind in [Kind::Data, Kind::Reserved, Kind::Hole] {
-            let (bytes, count) = of(kind);
-            let percent = bytes.saturating_mul(100).checked_div(self.size).unwrap_or(0);
-            let (cell, status) = (cell(kind, colour), status(kind));
+        writeln!(
+            out,
+            "\none cell is {}: {} where all of it is mapped, {} where some is, {} where none is and \
+             some is anchored",
+            human(self.cell),
+            Cell::Mapped.draw(colour),
+            Cell::PartlyMapped.draw(colour),
+            Cell::Anchored.draw(colour),
+        )?;
+        for (kind, cell) in [
+            (Kind::Data, Cell::Mapped),
+            (Kind::Reserved, Cell::Anchored),
+            (Kind::Hole, Cell::Deallocated),
+        ] {
+            let (bytes, count) = self.totals.get(rank(kind)).copied().unwrap_or_default();
+            let (percent, status) = (percent(bytes, self.size), status(kind));
+            let extents = if count == 1 { "extent" } else { "extents" };
             writeln!(
                 out,
-                "{cell} {status:<12} {:>9} {percent:>3}%  {count} extents",
+                "{} {status:<12} {:>9} {percent:>4}  {count} {extents}",
+                cell.draw(colour),
                 human(bytes)
             )?;
         }
-        Ok(())
+        match space {
+            Some(space) => {
+                writeln!(out, "{} of {} are allocated", human(space.used), human(self.size))
+            }
+            None => Ok(()),
+        }
     }
 }
 
-/// What shows in a cell where kinds meet: the lower one.
+fn step(cell: u64) -> usize {
+    usize::try_from(cell).unwrap_or(usize::MAX)
+}
+
+/// A share in whole percent; what is there is never 0%, and what is missing never makes 100%.
+fn percent(part: u64, whole: u64) -> String {
+    match u128::from(part) * 100 / u128::from(whole.max(1)) {
+        0 if part > 0 => "<1%".into(),
+        99 if u128::from(part) * 100 > u128::from(whole) * 99 => ">99%".into(),
+        percent => format!("{percent}%"),
+    }
+}
+
+/// Place in arrays of what is counted by kind.
 fn rank(kind: Kind) -> usize {
     match kind {
         Kind::Data => 0,
@@ -216,13 +273,34 @@ fn rank(kind: Kind) -> usize {
     }
 }
 
-fn cell(kind: Kind, colour: bool) -> String {
-    let (plain, code) = match kind {
-        Kind::Data => ('#', 32),
-        Kind::Reserved => ('+', 33),
-        Kind::Hole => ('.', 90),
-    };
-    if colour { format!("\x1b[{code}m{plain}\x1b[0m") } else { plain.to_string() }
+/// What a cell shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cell {
+    Mapped,
+    PartlyMapped,
+    Anchored,
+    Deallocated,
+}
+
+impl Cell {
+    fn of([data, reserved, holes]: [u64; 3]) -> Self {
+        match (data, reserved, holes) {
+            (0, 0, _) => Cell::Deallocated,
+            (0, ..) => Cell::Anchored,
+            (_, 0, 0) => Cell::Mapped,
+            _ => Cell::PartlyMapped,
+        }
+    }
+
+    fn draw(self, colour: bool) -> String {
+        let (plain, code) = match self {
+            Cell::Mapped => ('#', 32),
+            Cell::PartlyMapped => ('%', 36),
+            Cell::Anchored => ('+', 33),
+            Cell::Deallocated => ('.', 90),
+        };
+        if colour { format!("\x1b[{code}m{plain}\x1b[0m") } else { plain.to_string() }
+    }
 }
 
 /// Bytes for people: at most four digits and a unit.
@@ -255,6 +333,13 @@ mod tests {
     }
 
     #[test]
+    fn shares_are_never_rounded_to_nothing_or_all() {
+        let shares = [(0, 7), (1, 1000), (1, 4), (999, 1000), (1000, 1000), (0, 0)];
+        let texts = shares.map(|(part, whole)| percent(part, whole));
+        assert_eq!(texts, ["0%", "<1%", "25%", ">99%", "100%", "0%"]);
+    }
+
+    #[test]
     fn one_byte_of_data_shows() {
         let mut picture = Picture::new(64 << 20, 64);
         let whole = 64 << 20;
@@ -263,10 +348,11 @@ mod tests {
         picture.add(&Extent { range: (5 << 20) + 512..8 << 20, kind: Kind::Reserved });
         picture.add(&Extent { range: 8 << 20..whole, kind: Kind::Hole });
         let mut out = Vec::new();
-        picture.print(&mut out, false).unwrap();
+        picture.print(&mut out, Some(Space { available: 0, used: 3 << 20 }), false).unwrap();
         let text = String::from_utf8(out).unwrap();
         let first = text.lines().next().unwrap();
-        assert_eq!(first, format!("{}#{}", ".".repeat(40), "+".repeat(23)));
-        assert!(text.contains("mapped            512B   0%  1 extents"), "{text}");
+        assert_eq!(first, format!("{}%{}", ".".repeat(40), "+".repeat(23)));
+        assert!(text.contains("mapped            512B  <1%  1 extent\n"), "{text}");
+        assert!(text.ends_with("3MiB of 64MiB are allocated\n"), "{text}");
     }
 }

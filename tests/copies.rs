@@ -230,7 +230,7 @@ fn random_copies_agree_with_the_model() {
     let mut copies = 0;
     for kind in ALL {
         for caches in [["", "block-size=4096"], ["cache=direct", "cache=direct,block-size=4096"]] {
-            if kind == Kind::Tmpfs && caches[0] != "" {
+            if kind == Kind::Tmpfs && !caches[0].is_empty() {
                 continue;
             }
             let Some(pair) = Pair::new(kind, 512, SIZE, caches) else { continue };
@@ -348,7 +348,7 @@ fn make(rng: &mut Rng, luns: &[Lun<'_>; 2], one: &Move, round: u32) {
     let cscds = [cscd(&luns[from], 0), cscd(&luns[to], 0)];
     let (source, target) = (luns[from].block_size as u64, luns[to].block_size as u64);
     let in_blocks = start % source == 0 && at % target == 0;
-    let fits = |block: u64| one.len % block == 0 && one.len / block <= 65535;
+    let fits = |block: u64| one.len.is_multiple_of(block) && one.len / block <= 65535;
     let by_token =
         in_blocks && fits(source) && fits(target) && !(from == to && start.abs_diff(at) < one.len);
     if by_token && rng.one_in(3) {
@@ -665,7 +665,7 @@ fn lists_of_segments_are_checked_and_answered_by_the_book() {
 /// Lengths, limits and kinds of descriptors.
 fn lengths(a: &Lun<'_>, cscds: &[Vec<u8>; 3]) {
     let segment = blocks((0, 0), (0, 8), 1, false);
-    let whole = list(NO_LIST_ID, cscds, &[segment.clone()]);
+    let whole = list(NO_LIST_ID, cscds, std::slice::from_ref(&segment));
     a.run(cdb::extended_copy_lid1(0)).expect_good();
     for len in [1, 15, 16, 47, whole.len() - 1] {
         xcopy(a, &whole[..len]).expect_sense(sense::LIST_LENGTH_ERROR);
@@ -691,7 +691,7 @@ fn lengths(a: &Lun<'_>, cscds: &[Vec<u8>; 3]) {
     for (usage, id, right) in
         [(0, 9, true), (2, 9, true), (3, 0, true), (3, 9, false), (1, 9, false)]
     {
-        let answer = xcopy(a, &list((usage, id), cscds, &[segment.clone()]));
+        let answer = xcopy(a, &list((usage, id), cscds, std::slice::from_ref(&segment)));
         match right {
             true => drop(answer.expect_good()),
             false => drop(answer.expect_sense(sense::INVALID_FIELD_IN_LIST)),

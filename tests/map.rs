@@ -85,19 +85,52 @@ fn a_file_in_use_can_be_looked_at() {
     lun.write16(0, &vec![3; MIB as usize]);
     let table = text(&map(&path, &["--width", "16"]));
     assert!(table.contains("################\n################\n................\n"), "{table}");
-    assert!(table.contains("# mapped            1MiB  25%  1 extents"), "{table}");
+    assert!(table.contains("# mapped            1MiB  25%  1 extent\n"), "{table}");
     lun.write16(4096, &[4; 512]);
 }
 
 #[test]
 fn what_cannot_be_looked_at_is_one_line() {
-    for (path, why) in
-        [("/nowhere.img", "no such file"), ("/", "directory"), ("/dev/null", "special")]
-    {
+    for (path, why) in [
+        ("/nowhere.img", "no such file"),
+        ("/etc/passwd/disk.img", "not a directory"),
+        ("/", "directory"),
+        ("/dev/null", "special"),
+    ] {
         let output = map(Path::new(path), &[]);
         let message = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1));
         assert!(message.contains(path) && message.contains(why), "{message}");
         assert_eq!(message.lines().count(), 1, "{message}");
     }
+}
+
+/// `--watch` takes its seconds only behind an equals sign, draws whole frames, and ends well when it is told
+/// to.
+#[test]
+fn watching_ends_when_it_is_told_to() {
+    let scratch = Scratch::new();
+    let path = scratch.image("5", 4 * MIB);
+    for ends in [nix::sys::signal::Signal::SIGINT, nix::sys::signal::Signal::SIGTERM] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_thinlun"))
+            .args(["map", "--watch"])
+            .arg(&path)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines =
+            std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+        // A second frame comes by itself.
+        let last = "0B of 4MiB are allocated";
+        for _ in 0..2 {
+            assert!(lines.by_ref().any(|line| line.unwrap() == last));
+        }
+        let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+        nix::sys::signal::kill(pid, ends).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        let rest: Vec<String> = lines.map(Result::unwrap).collect();
+        assert!(rest.last().is_none_or(|line| line == last), "a frame was cut off: {rest:?}");
+    }
+    let refused = map(&path, &["--watch=0"]);
+    assert_eq!(refused.status.code(), Some(2));
 }

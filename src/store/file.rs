@@ -145,8 +145,10 @@ impl FileStore {
     /// A sentence for people if it is no disk or cannot be read.
     pub fn inspect(path: &Path) -> Result<Self, OpenError> {
         let options = OpenOptionsFor { read_only: true, direct: false, block_size: 512 };
-        if !path.exists() {
-            return Err("no such file".into());
+        if let Err(error) = path.metadata() {
+            // Not the advice to create it that a disk to be served gets.
+            let absent = error.kind() == ErrorKind::NotFound;
+            return Err(if absent { "no such file".into() } else { plain(&error).into() });
         }
         let block_device = check_kind(path)?;
         Self::assemble(open_file(path, &options)?, path, block_device, &options)
