@@ -12,8 +12,8 @@ use std::sync::{PoisonError, RwLock};
 
 use super::copy::Method;
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Kind, Notes, Pool, Snapshot, Space, Store,
-    StoreError,
+    Buffers, Capabilities, Cause, Durability, Extent, Kind, Notes, Operation, Pool, Snapshot,
+    Space, Store, StoreError,
 };
 
 /// Extents looked at in one go.
@@ -132,6 +132,14 @@ impl<S: Store> Store for Budget<S> {
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
         self.spend(&range, || self.store.reserve(range.clone()))
+    }
+
+    fn try_now(&self, operation: &Operation) -> Option<Result<(), StoreError>> {
+        match operation {
+            Operation::Read { .. } => self.store.try_now(operation),
+            // Whether there is room is not known at once.
+            Operation::Write { .. } | Operation::Flush | Operation::Prefetch { .. } => None,
+        }
     }
 
     fn file(&self) -> Option<&File> {

@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, PosixFadviseAdvice, copy_file_range, openat, posix_fadvise};
@@ -16,12 +17,15 @@ use super::lock::{LockError, lock_image};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Notes, Pool, Snapshot, Space, Store,
-    StoreError, sys,
+    Buffers, Capabilities, Cause, Durability, Extent, Notes, Operation, Pool, Snapshot, Space,
+    Store, StoreError, sys,
 };
 
 /// Threads that may block in one file at the same time.
 const POOL_THREADS: usize = 16;
+
+/// Longest transfer that is made at once, by the thread that has others to make, in bytes.
+const MAX_AT_ONCE: usize = 128 << 10;
 
 /// How a file is opened.
 #[derive(Clone, Debug)]
@@ -46,6 +50,7 @@ pub struct FileStore {
     knowledge: Knowledge,
     /// Who tells in its place, for a loop device.
     backing: Option<BackingFile>,
+    at_once: AtOnce,
     deallocate: Ladder,
     reserve: Ladder,
     notes: Notes,
@@ -57,6 +62,56 @@ pub struct FileStore {
 impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Pool")
+    }
+}
+
+/// Which transfers can be made without waiting, as far as is known.
+#[derive(Debug, Default)]
+struct AtOnce {
+    /// Everything is in memory.
+    in_memory: bool,
+    reads: AtomicBool,
+    writes: AtomicBool,
+}
+
+impl AtOnce {
+    /// O_DIRECT always waits for the device; for the rest, the first answer tells.
+    fn of(file: &File, direct: bool) -> Self {
+        AtOnce {
+            in_memory: !direct && sys::is_in_memory(file),
+            reads: AtomicBool::new(!direct),
+            writes: AtomicBool::new(!direct),
+        }
+    }
+
+    fn read(&self, file: &File, offset: u64, into: &Buffers) -> Option<usize> {
+        if self.in_memory {
+            return sys::read(file, offset, into, 0).ok();
+        }
+        Self::attempt(&self.reads, || sys::read_now(file, offset, into))
+    }
+
+    fn write(&self, file: &File, offset: u64, from: &Buffers) -> Option<usize> {
+        if self.in_memory {
+            return sys::write(file, offset, from, 0, false).ok();
+        }
+        Self::attempt(&self.writes, || sys::write_now(file, offset, from))
+    }
+
+    /// What is not there is not tried again; what failed otherwise is done another way.
+    fn attempt(there: &AtomicBool, transfer: impl Fn() -> io::Result<usize>) -> Option<usize> {
+        if !there.load(Ordering::Relaxed) {
+            return None;
+        }
+        match transfer() {
+            Ok(bytes) => Some(bytes),
+            Err(error) => {
+                if error.raw_os_error() == Some(libc::EOPNOTSUPP) {
+                    there.store(false, Ordering::Relaxed);
+                }
+                None
+            }
+        }
     }
 }
 
@@ -192,6 +247,7 @@ impl FileStore {
                 if directory.is_some() { "reflink" } else { "bytes" }
             ),
         };
+        let at_once = AtOnce::of(&file, options.direct);
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
         let pool = Pool::new(&name.chars().take(15).collect::<String>(), POOL_THREADS);
         Ok(FileStore {
@@ -201,6 +257,7 @@ impl FileStore {
             memory_align,
             knowledge,
             backing,
+            at_once,
             deallocate,
             reserve,
             notes: Notes::in_memory(),
@@ -266,6 +323,7 @@ impl FileStore {
             memory_align: 1,
             knowledge: self.knowledge,
             backing: None,
+            at_once: AtOnce::default(),
             deallocate: Ladder::new(DEALLOCATE),
             reserve: Ladder::new(RESERVE),
             notes: Notes::in_memory(),
@@ -389,6 +447,22 @@ impl Store for FileStore {
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
         self.reserve.run(&self.file, &range)
+    }
+
+    fn try_now(&self, operation: &Operation) -> Option<Result<(), StoreError>> {
+        let (result, len) = match operation {
+            Operation::Read { offset, into, medium: false } if into.len() <= MAX_AT_ONCE => {
+                (self.at_once.read(&self.file, *offset, into)?, into.len())
+            }
+            Operation::Write { offset, from, durability: Durability::Cached }
+                if from.len() <= MAX_AT_ONCE =>
+            {
+                (self.at_once.write(&self.file, *offset, from)?, from.len())
+            }
+            _ => return None,
+        };
+        // A part of it is done again with the rest.
+        (result == len).then_some(Ok(()))
     }
 
     fn file(&self) -> Option<&File> {

@@ -72,6 +72,12 @@ pub trait Store: Send + Sync {
     /// Makes a range read as zeroes and keeps, or takes, space for it.
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError>;
 
+    /// Does an operation if that is done at once: the host has the data in memory, or room for it.
+    /// `None` if it would have to wait, or nobody can tell; then it is done another way, all of it.
+    fn try_now(&self, _operation: &Operation) -> Option<Result<(), StoreError>> {
+        None
+    }
+
     /// The file it is, if it is one: for [`Store::take`] of another store, and not to be written.
     fn file(&self) -> Option<&File> {
         None

@@ -20,6 +20,22 @@ pub(super) fn read(file: &File, offset: u64, into: &Buffers, skip: usize) -> io:
     })
 }
 
+/// One `preadv2(2)` that fails rather than waits for a device (RWF_NOWAIT); may be short.
+pub(super) fn read_now(file: &File, offset: u64, into: &Buffers) -> io::Result<usize> {
+    with_segments(into, 0, offset, |iov, count, offset| {
+        // SAFETY: the iovec describes memory that `into` keeps mapped for writing.
+        unsafe { libc::preadv2(file.as_raw_fd(), iov, count, offset, libc::RWF_NOWAIT) }
+    })
+}
+
+/// One `pwritev2(2)` that fails rather than waits for a device or a lock; may be short.
+pub(super) fn write_now(file: &File, offset: u64, from: &Buffers) -> io::Result<usize> {
+    with_segments(from, 0, offset, |iov, count, offset| {
+        // SAFETY: the iovec describes memory that `from` keeps mapped for reading.
+        unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, libc::RWF_NOWAIT) }
+    })
+}
+
 /// One `pwritev2(2)` from the segments of `from`, starting at byte `skip` of the list; may be short.
 /// With `stable` it returns when the data survives a crash (RWF_DSYNC).
 pub(super) fn write(
@@ -86,6 +102,12 @@ pub(super) fn space(file: &File) -> io::Result<Space> {
         available: host.blocks_available().saturating_mul(host.fragment_size()),
         used: used(file)?,
     })
+}
+
+/// Whether `file` is in memory (tmpfs), where no transfer waits for a device.
+pub(super) fn is_in_memory(file: &File) -> bool {
+    let host = nix::sys::statfs::fstatfs(file);
+    host.is_ok_and(|host| host.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC)
 }
 
 /// Bytes that `file` takes on its file system.

@@ -186,16 +186,18 @@ impl RequestQueue {
 
 impl Service for RequestQueue {
     fn requests(&mut self, ring: &mut Ring) -> bool {
+        let mut more = true;
         for _ in 0..BATCH {
-            if !self.wants_requests(ring) {
-                return false;
-            }
-            match ring.pop() {
-                Some(chain) => self.begin(ring, chain),
-                None => return false,
-            }
+            more = self.wants_requests(ring);
+            let Some(chain) = more.then(|| ring.pop()).flatten() else {
+                more = false;
+                break;
+            };
+            self.begin(ring, chain);
         }
-        true
+        // What was done at once rings no bell.
+        self.progress(ring);
+        more
     }
 
     fn progress(&mut self, ring: &mut Ring) {

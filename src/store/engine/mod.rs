@@ -102,7 +102,8 @@ pub enum Finished<J> {
 
 /// Runs operations and jobs beside the queue thread that owns it.
 pub trait Engine<J> {
-    /// Begins an operation.
+    /// Begins an operation. If it is done at once its completion is there without a wake event: whoever
+    /// submits looks for completions before going to sleep.
     fn submit(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation);
 
     /// Begins a job on the store's pool.

@@ -1,4 +1,5 @@
-//! The engine that works everywhere: every operation is a blocking call on the store's pool.
+//! The engine that works everywhere: what can be done at once is, by the queue thread itself; every other
+//! operation is a blocking call on the store's pool.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,6 +14,8 @@ use crate::store::{Cause, Store};
 pub struct ThreadEngine<J> {
     port: Arc<Port<J>>,
     running: HashMap<u32, Running>,
+    /// What was done at once.
+    done: Vec<Completion<J>>,
 }
 
 struct Running {
@@ -40,7 +43,7 @@ impl<J: Send + 'static> ThreadEngine<J> {
     /// An engine that writes to `wake` when a completion is there.
     pub fn new(wake: Arc<EventFd>) -> Self {
         let port = Port { finished: Mutex::default(), wake };
-        ThreadEngine { port: Arc::new(port), running: HashMap::new() }
+        ThreadEngine { port: Arc::new(port), running: HashMap::new(), done: Vec::new() }
     }
 
     fn run(
@@ -59,6 +62,10 @@ impl<J: Send + 'static> ThreadEngine<J> {
 
 impl<J: Send + 'static> Engine<J> for ThreadEngine<J> {
     fn submit(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation) {
+        if let Some(result) = store.try_now(&operation) {
+            self.done.push(Completion { token, result: Finished::Operation(result) });
+            return;
+        }
         self.run(token, store, |cancel, store| {
             Finished::Operation(match cancel.is_requested() {
                 true => Err(Cause::Cancelled.into()),
@@ -80,6 +87,10 @@ impl<J: Send + 'static> Engine<J> for ThreadEngine<J> {
     }
 
     fn completions(&mut self, into: &mut Vec<Completion<J>>) {
+        into.append(&mut self.done);
+        if self.running.is_empty() {
+            return;
+        }
         let first = into.len();
         into.append(&mut self.port.finished.lock().unwrap_or_else(PoisonError::into_inner));
         for completion in into.iter().skip(first) {
