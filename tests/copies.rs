@@ -19,6 +19,9 @@ use mounts::{ALL, Kind, Mount, skipped};
 const SIZE: u64 = 8 * MIB;
 const HOST_BLOCK: u64 = 4096;
 
+const WS_UNMAP: u8 = 0x08;
+const WS_NDOB: u8 = 0x01;
+
 const UNREACHABLE: sense::Code = (0xa, 0x08, 0x04);
 const INEXACT: sense::Code = (0xa, 0x26, 0x0a);
 const PAST_THE_END: sense::Code = (0xa, 0, 0);
@@ -851,8 +854,41 @@ fn a_long_copy_can_be_ended() {
             copied += u64::from(is_new && n % 256 != 0);
         }
         println!("{way}: {copied} blocks were copied");
-        let zero = cdb::write_same16(0x08 | 0x01, 0, 0);
-        b.run(zero).expect_good();
+        b.run(cdb::write_same16(WS_UNMAP | WS_NDOB, 0, 0)).expect_good();
+    }
+}
+
+/// A guest that goes away does not keep the next one waiting for its copies.
+#[test]
+fn a_copy_ends_with_its_initiator() {
+    const LONG: u64 = GIB;
+    let Some(pair) = Pair::new(Kind::Ext4, 3072, LONG, ["", ""]) else { return };
+    let chunk = vec![0x77; MIB as usize];
+    for at in (0..LONG).step_by(MIB as usize) {
+        host_write(&pair.paths[0], at, &chunk);
+    }
+    for immediate in [false, true] {
+        let fe = FrontEnd::connect(&pair.daemon);
+        let (a, b) = (fe.ready_lun(0, 0), fe.ready_lun(0, 1));
+        b.run(cdb::write_same16(WS_UNMAP | WS_NDOB, 0, 0)).expect_good();
+        let segments: Vec<Vec<u8>> = (0..LONG / 512 / 32768)
+            .map(|n| blocks((0, n * 32768), (1, n * 32768), 32768, false))
+            .collect();
+        let list = list_lid4(1, immediate, &[cscd(&a, 0), cscd(&b, 0)], &segments);
+        a.submit(&a.request(cdb::extended_copy_lid4(list.len() as u32)).data_out(&list[..]));
+        std::thread::sleep(Duration::from_millis(30));
+        drop(fe);
+        let fe = FrontEnd::connect(&pair.daemon);
+        let b = fe.ready_lun(0, 1);
+        eventually("the copy to end", || {
+            let before = pair.paths[1].metadata().unwrap().blocks();
+            std::thread::sleep(Duration::from_millis(100));
+            before == pair.paths[1].metadata().unwrap().blocks()
+        });
+        let copied = pair.paths[1].metadata().unwrap().blocks() * 512;
+        assert!(copied < LONG, "all of it was copied for nobody");
+        b.test_unit_ready();
+        println!("immediate {immediate}: {} MiB were copied", copied / MIB);
     }
 }
 

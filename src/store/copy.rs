@@ -70,8 +70,9 @@ pub enum Holes {
 /// Extents looked at in one go.
 const EXTENTS: usize = 512;
 
-/// Bytes shared by one host call. It writes out what is not written yet, which may take a while.
-const REFLINK_STEP: u64 = 1 << 30;
+/// Bytes shared by one host call. It writes out what is not written yet, and nobody else gets at the files
+/// meanwhile.
+const REFLINK_STEP: u64 = 128 << 20;
 /// Bytes moved by one host call, between which a cancellation is heard.
 const OFFLOAD_STEP: u64 = 16 << 20;
 /// Bytes that are read and then written.

@@ -98,11 +98,12 @@ impl Connection {
         Arc::clone(&self.peers)
     }
 
-    /// Stops every ring and waits until nothing is in flight.
+    /// Stops every ring and waits until nothing is in flight. The driver is gone or starts anew, so that
+    /// copies and the like need not be finished.
     pub(super) fn stop_all(&mut self) {
         for ring in &self.rings {
             if let Some(worker) = &ring.worker {
-                worker.stop();
+                worker.give_up();
             }
         }
         for index in 0..self.rings.len() {

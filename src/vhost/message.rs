@@ -24,6 +24,8 @@ pub(super) enum Message {
     Swept(u64),
     /// Something for the driver to know (event queue).
     Event(Event),
+    /// Nobody will hear the answers any more: end early what can be (request queues).
+    GiveUp,
     /// Finish what is in flight and end.
     Stop,
 }

@@ -210,15 +210,23 @@ impl Service for RequestQueue {
     }
 
     fn message(&mut self, ring: &mut Ring, message: Message) {
-        if let Message::Sweep(sweep) = message {
-            // What the driver handed over before the function counts as received before it.
-            // A ring's worth: a driver that adds more meanwhile adds it after the function.
-            for _ in 0..=ring.size() / BATCH {
-                if !self.requests(ring) {
-                    break;
+        match message {
+            Message::Sweep(sweep) => {
+                // What the driver handed over before the function counts as received before it.
+                // A ring's worth: a driver that adds more meanwhile adds it after the function.
+                for _ in 0..=ring.size() / BATCH {
+                    if !self.requests(ring) {
+                        break;
+                    }
+                }
+                self.sweep(&sweep);
+            }
+            Message::GiveUp => {
+                for slot in 0..self.tasks.len() {
+                    self.engine.cancel(u32::try_from(slot).unwrap_or(u32::MAX));
                 }
             }
-            self.sweep(&sweep);
+            _ => {}
         }
     }
 

@@ -66,6 +66,12 @@ impl Worker {
         &self.mailbox
     }
 
+    /// Asks it to end, and to let go of what takes long.
+    pub(super) fn give_up(&self) {
+        self.mailbox.send(Message::GiveUp);
+        self.stop();
+    }
+
     /// Asks it to end; [`Worker::join`] waits for that.
     pub(super) fn stop(&self) {
         self.mailbox.send(Message::Stop);
