@@ -171,7 +171,19 @@ fn fiemap(file: &File, at: u64, len: u64) -> u64 {
     buffer[last] + buffer[last + 2]
 }
 
-/// Latencies of random reads of 4 KiB, one after another, until `end`; `between` runs before each.
+/// Latencies of random writes of 4 KiB, one after another.
+fn writes(lun: &Lun<'_>, rng: &mut Rng, extents: u64) -> Vec<f64> {
+    let end = Instant::now() + Duration::from_millis(400);
+    let data = [0x3c; 4096];
+    let mut latencies = Vec::new();
+    while Instant::now() < end {
+        let lba = rng.below(extents) * STRIDE / 512;
+        latencies.push(microseconds(|| lun.write16(lba, &data)));
+    }
+    latencies
+}
+
+/// Latencies of random reads of 4 KiB, one after another; `between` runs before each.
 fn reads(lun: &Lun<'_>, rng: &mut Rng, extents: u64, mut between: impl FnMut()) -> Vec<f64> {
     let end = Instant::now() + Duration::from_millis(400);
     let mut latencies = Vec::new();
@@ -188,7 +200,7 @@ fn percentile(latencies: &mut [f64], percent: usize) -> f64 {
     latencies[(latencies.len() * percent / 100).min(latencies.len() - 1)]
 }
 
-/// p50 and p99 of reads alone, beside something, and the ratios of the medians, in turns.
+/// p50 and p99 of transfers alone, beside something, and the ratios of the medians, in turns.
 fn compare(
     report: &mut Report,
     what: &str,
@@ -207,10 +219,10 @@ fn compare(
         figures.iter_mut().zip(found).for_each(|(list, figure)| list.push(figure));
     }
     let [a50, a99, b50, b99] = figures.map(median);
-    report.add(format!("{what}: reads alone, p50"), a50, "us", None);
-    report.add(format!("{what}: reads alone, p99"), a99, "us", None);
-    report.add(format!("{what}: reads beside it, p50"), b50, "us", None);
-    report.add(format!("{what}: reads beside it, p99"), b99, "us", None);
+    report.add(format!("{what}: alone, p50"), a50, "us", None);
+    report.add(format!("{what}: alone, p99"), a99, "us", None);
+    report.add(format!("{what}: beside it, p50"), b50, "us", None);
+    report.add(format!("{what}: beside it, p99"), b99, "us", None);
     report.add(format!("{what}: p99 beside it / alone"), b99 / a99, "", Some(1.5));
 }
 
@@ -233,7 +245,7 @@ fn beside_a_map(report: &mut Report, kind: Kind, daemon: &Daemon) {
     let rng = std::cell::RefCell::new(&mut rng);
     compare(
         report,
-        &format!("{kind:?}: a looping map on the same queue"),
+        &format!("{kind:?}: a looping map on the same queue, reads"),
         || reads(&lun, &mut rng.borrow_mut(), extents, || {}),
         || {
             let submit = || lun.submit(&lun.request(query()).data_in(len));
@@ -253,7 +265,7 @@ fn beside_a_map(report: &mut Report, kind: Kind, daemon: &Daemon) {
     );
     compare(
         report,
-        &format!("{kind:?}: a looping map on another queue"),
+        &format!("{kind:?}: a looping map on another queue, reads"),
         || reads(&lun, &mut rng.borrow_mut(), extents, || {}),
         || {
             let stop = AtomicBool::new(false);
@@ -335,23 +347,23 @@ fn long_copy(
     token: &[u8],
     blocks: u32,
 ) {
-    let _ = fe;
     let extents = GIB / STRIDE / 16;
     let rng = std::cell::RefCell::new(Rng::new(3));
     for (queue, what) in [(2, "the same queue"), (3, "another queue")] {
-        compare(
-            report,
-            &format!("Ext4: a long copy on {what}"),
-            || reads(a, &mut rng.borrow_mut(), extents, || {}),
-            || {
+        for io in ["reads", "writes"] {
+            let measure = || match io {
+                "reads" => reads(a, &mut rng.borrow_mut(), extents, || {}),
+                _ => writes(a, &mut rng.borrow_mut(), extents),
+            };
+            compare(report, &format!("Ext4: a long copy on {what}, {io}"), measure, || {
                 let other = b.on_queue(queue);
                 let (list, cdb) = write_list(77, token, blocks);
                 let ticket = other.submit(&other.request(cdb).data_out(&list[..]));
-                let latencies = reads(a, &mut rng.borrow_mut(), extents, || {});
-                other.front_end().wait(ticket).expect_good();
+                let latencies = measure();
+                fe.wait(ticket).expect_good();
                 latencies
-            },
-        );
+            });
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::store::engine::EngineKind;
 use crate::vhost::MAX_REQUEST_QUEUES;
 
 /// SCSI disks for QEMU guests from host files, over a vhost-user socket.
@@ -29,6 +30,10 @@ pub struct Cli {
     #[arg(long)]
     pub config_space: bool,
 
+    /// What makes transfers that have to wait for a device.
+    #[arg(long, value_enum, default_value_t = IoEngine::Auto)]
+    pub io_engine: IoEngine,
+
     /// Print what this program can do, as JSON for management software, and exit.
     #[arg(long)]
     pub print_capabilities: bool,
@@ -40,6 +45,28 @@ pub struct Cli {
     /// Something else than serving.
     #[command(subcommand)]
     pub command: Option<Command>,
+}
+
+/// `--io-engine`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum IoEngine {
+    /// io_uring if the kernel allows it, else threads.
+    Auto,
+    /// io_uring.
+    #[value(name = "io_uring")]
+    IoUring,
+    /// A pool of threads.
+    Threads,
+}
+
+impl From<IoEngine> for EngineKind {
+    fn from(engine: IoEngine) -> Self {
+        match engine {
+            IoEngine::Auto => EngineKind::Auto,
+            IoEngine::IoUring => EngineKind::Uring,
+            IoEngine::Threads => EngineKind::Threads,
+        }
+    }
 }
 
 /// What the program can do beside serving.

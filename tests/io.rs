@@ -570,3 +570,70 @@ fn random_operations_without_the_hosts_cache() {
 fn random_operations_written_through() {
     random_operations("cache=writethrough", 60, 4);
 }
+
+/// Stamped blocks, in batches on two queues, by each engine and each way of caching: what is read is what was
+/// written last, and what the host has is too.
+#[test]
+fn every_engine_keeps_every_byte() {
+    for engine in ["auto", "threads"] {
+        for options in ["", "cache=direct,block-size=4096", "cache=writethrough"] {
+            let scratch = Scratch::new();
+            let path = scratch.image("disk.img", 4 * MIB);
+            let daemon = Daemon::builder(&scratch)
+                .disk(&path, options)
+                .args(["--io-engine", engine])
+                .spawn();
+            let fe = FrontEnd::builder().queues(2).connect(&daemon);
+            let lun = fe.ready_lun(0, 0);
+            let (block, places) = (lun.block_size, (4 * MIB) as usize / (4 * lun.block_size));
+            let mut stamps = vec![0u64; places];
+            let mut rng = Rng::new(engine.len() as u64);
+            let contents = |place: usize, stamp: u64| match stamp {
+                0 => vec![0; 4 * block],
+                _ => pattern::blocks(place as u64 * 4, 4, block, stamp),
+            };
+            for round in 1..200u64 {
+                let mut taken = std::collections::BTreeSet::new();
+                let batch: Vec<(usize, bool)> = (0..24)
+                    .map(|_| (rng.below(places as u64) as usize, rng.one_in(2)))
+                    .filter(|(place, _)| taken.insert(*place))
+                    .collect();
+                let requests: Vec<ScsiRequest> = batch
+                    .iter()
+                    .map(|(place, write)| {
+                        let lba = *place as u64 * 4;
+                        // Some with FUA.
+                        let fua = if place % 11 == 0 { 0x08 } else { 0 };
+                        match write {
+                            true => lun
+                                .request(cdb::write16(lba, 4).or(1, fua))
+                                .data_out(contents(*place, round)),
+                            false => lun.request(cdb::read16(lba, 4).or(1, fua)).data_in(4 * block),
+                        }
+                    })
+                    .collect();
+                let answers = fe.run_all(2 + (round % 2) as usize, &requests);
+                for ((place, write), answer) in batch.iter().zip(answers) {
+                    let answer = answer.expect_good();
+                    if *write {
+                        stamps[*place] = round;
+                    } else {
+                        let what = format!("{engine} {options} round {round} place {place}");
+                        assert_same(answer.data(), &contents(*place, stamps[*place]), &what);
+                    }
+                }
+                if round % 40 == 0 {
+                    lun.synchronize_cache();
+                }
+            }
+            for (place, stamp) in stamps.iter().enumerate() {
+                let found = host_read(&path, (place * 4 * block) as u64, 4 * block);
+                assert_same(
+                    &found,
+                    &contents(place, *stamp),
+                    &format!("{engine} {options} {place}"),
+                );
+            }
+        }
+    }
+}

@@ -12,9 +12,10 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::cli::Cli;
+use crate::cli::{Cli, IoEngine};
 use crate::config::{DiskConfig, StartError, open_disks};
 use crate::scsi::{Target, background};
+use crate::store::engine::uring;
 use crate::vhost::{Device, Offer};
 use signals::{Signal, Signals};
 use socket::{Endpoint, Socket};
@@ -33,6 +34,11 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
     }
     let disks = cli.disks.iter().map(|a| DiskConfig::parse(a)).collect::<Result<Vec<_>, _>>()?;
     let endpoint = Endpoint::from_cli(cli)?;
+    if cli.io_engine == IoEngine::IoUring && !uring::is_there() {
+        return Err(StartError::host(
+            "--io-engine: the kernel refuses io_uring; auto and threads work without it",
+        ));
+    }
     // Before there is any other thread, so that all of them have these signals blocked.
     let signals = Signals::block().map_err(|e| StartError::host(format!("signals: {e}")))?;
     let socket = endpoint.check()?;
@@ -51,7 +57,11 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
         );
     }
     units.iter().for_each(background::resume);
-    let offer = Offer { request_queues: cli.num_queues.into(), config_space: cli.config_space };
+    let offer = Offer {
+        request_queues: cli.num_queues.into(),
+        config_space: cli.config_space,
+        engine: cli.io_engine.into(),
+    };
     let device = Arc::new(Device::new(Arc::new(Target::new(units)), offer));
     serve(&device, socket, &signals).map_err(|e| StartError::host(e.to_string()))
 }

@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
@@ -139,6 +140,13 @@ impl<S: Store> Store for Budget<S> {
             Operation::Read { .. } => self.store.try_now(operation),
             // Whether there is room is not known at once.
             Operation::Write { .. } | Operation::Flush | Operation::Prefetch { .. } => None,
+        }
+    }
+
+    fn ring_file(&self, operation: &Operation) -> Option<RawFd> {
+        match operation {
+            Operation::Read { .. } | Operation::Flush => self.store.ring_file(operation),
+            Operation::Write { .. } | Operation::Prefetch { .. } => None,
         }
     }
 

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -463,6 +464,18 @@ impl Store for FileStore {
         };
         // A part of it is done again with the rest.
         (result == len).then_some(Ok(()))
+    }
+
+    fn ring_file(&self, operation: &Operation) -> Option<RawFd> {
+        let list = match operation {
+            Operation::Read { into, medium: false, .. } => into,
+            Operation::Write { from, .. } => from,
+            Operation::Flush => return Some(self.file.as_raw_fd()),
+            Operation::Read { .. } | Operation::Prefetch { .. } => return None,
+        };
+        // What O_DIRECT cannot use in place, and what is more than one call takes, is our own work.
+        let fits = list.is_aligned(self.memory_align) && list.iovecs().len() <= sys::MAX_SEGMENTS;
+        fits.then(|| self.file.as_raw_fd())
     }
 
     fn file(&self) -> Option<&File> {

@@ -29,6 +29,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::RawFd;
 
 /// Where the bytes of one disk are kept.
 ///
@@ -75,6 +76,11 @@ pub trait Store: Send + Sync {
     /// Does an operation if that is done at once: the host has the data in memory, or room for it.
     /// `None` if it would have to wait, or nobody can tell; then it is done another way, all of it.
     fn try_now(&self, _operation: &Operation) -> Option<Result<(), StoreError>> {
+        None
+    }
+
+    /// The descriptor by which the kernel can do an operation on its own, exactly as the store would.
+    fn ring_file(&self, _operation: &Operation) -> Option<RawFd> {
         None
     }
 

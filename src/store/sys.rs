@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use super::{Buffers, Space};
 
 /// Longest iovec that the kernel takes in one call (IOV_MAX).
-const MAX_SEGMENTS: usize = 1024;
+pub(super) const MAX_SEGMENTS: usize = 1024;
 
 /// One `preadv(2)` into the segments of `into` from byte `skip` of the list on; may be short.
 pub(super) fn read(file: &File, offset: u64, into: &Buffers, skip: usize) -> io::Result<usize> {

@@ -149,7 +149,12 @@ impl Connection {
                 let changes = self.features & feature::CHANGE != 0;
                 Worker::start(name, new, kick, |_| EventQueue::new(changes))
             }
-            _ => Worker::start(name, new, kick, |wake| RequestQueue::new(target, nexus, wake)),
+            _ => {
+                let engine = self.device.offer.engine;
+                Worker::start(name, new, kick, |wake| {
+                    RequestQueue::new(target, nexus, engine, wake)
+                })
+            }
         }
         .map_err(refused)?;
         lock(&self.peers).insert(index, worker.mailbox().clone());

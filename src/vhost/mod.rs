@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::scsi::{Lun, Target, UnitAttention};
+use crate::store::engine::EngineKind;
 use connection::Connection;
 use message::Peers;
 
@@ -37,6 +38,8 @@ pub struct Offer {
     pub request_queues: usize,
     /// Offer the CONFIG protocol feature. QEMU 7.1 to 8.0 misbehave when it is there.
     pub config_space: bool,
+    /// What makes the transfers.
+    pub engine: EngineKind,
 }
 
 /// The device that front ends connect to, one after another.

@@ -11,8 +11,8 @@ use super::ring::Ring;
 use super::wire::{CommandHeader, CommandResponse, Response};
 use super::worker::Service;
 use crate::scsi::{self, Cdb, Lun, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer};
-use crate::store::engine::threads::ThreadEngine;
-use crate::store::engine::{Completion, Engine, Finished, Token};
+use crate::store::engine::uring::UringEngine;
+use crate::store::engine::{Completion, Engine, EngineKind, Finished, Token};
 use crate::store::{Buffers, Cause};
 
 /// Requests taken in one pass before completions are looked at again.
@@ -50,7 +50,7 @@ struct DataPhase {
 pub(super) struct RequestQueue {
     target: Arc<Target>,
     nexus: Arc<Nexus>,
-    engine: ThreadEngine<Outcome>,
+    engine: UringEngine<Outcome>,
     tasks: Vec<Option<Task>>,
     free: Vec<u32>,
     completions: Vec<Completion<Outcome>>,
@@ -58,11 +58,16 @@ pub(super) struct RequestQueue {
 
 impl RequestQueue {
     /// A queue for one initiator; `wake` is written to when something completes.
-    pub(super) fn new(target: Arc<Target>, nexus: Arc<Nexus>, wake: Arc<EventFd>) -> Self {
+    pub(super) fn new(
+        target: Arc<Target>,
+        nexus: Arc<Nexus>,
+        kind: EngineKind,
+        wake: Arc<EventFd>,
+    ) -> Self {
         RequestQueue {
             target,
             nexus,
-            engine: ThreadEngine::new(wake),
+            engine: UringEngine::new(wake, kind),
             tasks: Vec::new(),
             free: Vec::new(),
             completions: Vec::new(),
@@ -195,6 +200,7 @@ impl Service for RequestQueue {
             };
             self.begin(ring, chain);
         }
+        self.engine.flush();
         // What was done at once rings no bell.
         self.progress(ring);
         more

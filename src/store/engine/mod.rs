@@ -2,6 +2,7 @@
 //! order. Each queue thread owns one engine; nothing in it is shared between queues.
 
 pub mod threads;
+pub mod uring;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,7 +46,33 @@ pub enum Operation {
     },
 }
 
+/// Which engine serves a queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineKind {
+    /// io_uring where the kernel has it.
+    #[default]
+    Auto,
+    /// io_uring.
+    Uring,
+    /// Threads.
+    Threads,
+}
+
 impl Operation {
+    /// Bytes that it transfers.
+    pub fn len(&self) -> usize {
+        match self {
+            Operation::Read { into, .. } => into.len(),
+            Operation::Write { from, .. } => from.len(),
+            Operation::Flush | Operation::Prefetch { .. } => 0,
+        }
+    }
+
+    /// Whether it transfers nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Runs the operation to its end on this thread.
     ///
     /// # Errors
@@ -105,6 +132,9 @@ pub trait Engine<J> {
     /// Begins an operation. If it is done at once its completion is there without a wake event: whoever
     /// submits looks for completions before going to sleep.
     fn submit(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation);
+
+    /// Hands over to the host what was submitted since the last time.
+    fn flush(&mut self) {}
 
     /// Begins a job on the store's pool.
     fn spawn(&mut self, token: Token, store: &Arc<dyn Store>, job: Job<J>);

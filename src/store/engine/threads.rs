@@ -60,18 +60,26 @@ impl<J: Send + 'static> ThreadEngine<J> {
     }
 }
 
-impl<J: Send + 'static> Engine<J> for ThreadEngine<J> {
-    fn submit(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation) {
-        if let Some(result) = store.try_now(&operation) {
-            self.done.push(Completion { token, result: Finished::Operation(result) });
-            return;
-        }
+impl<J: Send + 'static> ThreadEngine<J> {
+    /// Has a thread do an operation.
+    pub(super) fn hand_over(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation) {
         self.run(token, store, |cancel, store| {
             Finished::Operation(match cancel.is_requested() {
                 true => Err(Cause::Cancelled.into()),
                 false => operation.run(store),
             })
         });
+    }
+}
+
+impl<J: Send + 'static> Engine<J> for ThreadEngine<J> {
+    fn submit(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation) {
+        match store.try_now(&operation) {
+            Some(result) => {
+                self.done.push(Completion { token, result: Finished::Operation(result) });
+            }
+            None => self.hand_over(token, store, operation),
+        }
     }
 
     fn spawn(&mut self, token: Token, store: &Arc<dyn Store>, job: Job<J>) {

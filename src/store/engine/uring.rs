@@ -1,0 +1,306 @@
+//! The engine over io_uring: transfers that would wait for the device go to a ring of the queue's own, many with
+//! one system call; everything else is done as [`super::threads`] does it.
+//!
+//! A transfer that the ring has not made whole is made again by the thread pool, which knows how to go on
+//! after part of it, and what an error is about.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use io_uring::{IoUring, opcode, squeue, types};
+use nix::sys::eventfd::EventFd;
+
+use super::threads::ThreadEngine;
+use super::{Completion, Engine, EngineKind, Finished, Job, Operation, Token};
+use crate::store::{Cause, Durability, Store, StoreError};
+
+/// Transfers in a ring at the same time; more go to the pool.
+const DEPTH: u32 = 128;
+
+/// A ring for transfers, threads for the rest.
+pub struct UringEngine<J> {
+    ring: Ring,
+    wake: Arc<EventFd>,
+    threads: ThreadEngine<J>,
+    /// What the ring is at, by token.
+    flights: Vec<Option<Flight>>,
+    flying: usize,
+    done: Vec<Completion<J>>,
+}
+
+/// Made when it is first needed: a queue that never waits for a device has none.
+enum Ring {
+    Untried,
+    Refused,
+    Ready(Box<IoUring>),
+}
+
+/// A transfer that the kernel is at. Its buffers stay where they are until it is over.
+struct Flight {
+    store: Arc<dyn Store>,
+    operation: Operation,
+}
+
+impl<J: Send + 'static> UringEngine<J> {
+    /// An engine of this kind that writes to `wake` when a completion is there.
+    pub fn new(wake: Arc<EventFd>, kind: EngineKind) -> Self {
+        let ring = match kind {
+            EngineKind::Threads => Ring::Refused,
+            EngineKind::Auto | EngineKind::Uring => Ring::Untried,
+        };
+        let threads = ThreadEngine::new(Arc::clone(&wake));
+        UringEngine { ring, wake, threads, flights: Vec::new(), flying: 0, done: Vec::new() }
+    }
+
+    /// The ring, if the kernel lets us have one.
+    fn ring(&mut self) -> Option<&mut IoUring> {
+        if let Ring::Untried = self.ring {
+            self.ring = match make(&self.wake) {
+                Ok(ring) => Ring::Ready(Box::new(ring)),
+                Err(error) => {
+                    log::info!("no io_uring here ({error}): transfers are made by threads");
+                    Ring::Refused
+                }
+            };
+        }
+        match &mut self.ring {
+            Ring::Ready(ring) => Some(ring),
+            Ring::Untried | Ring::Refused => None,
+        }
+    }
+
+    /// Puts a transfer into the ring; gives it back if that cannot be.
+    fn launch(&mut self, token: u32, flight: Flight) -> Result<(), Flight> {
+        let full = self.flying >= DEPTH as usize;
+        let Some(file) = flight.store.ring_file(&flight.operation).filter(|_| !full) else {
+            return Err(flight);
+        };
+        let Some(entry) = entry(file, &flight.operation) else { return Err(flight) };
+        let entry = entry.user_data(token.into());
+        let slot = token as usize;
+        let Some(ring) = self.ring() else { return Err(flight) };
+        // SAFETY: the iovec and the memory it describes belong to the operation, which stays in
+        // `flights`, and so alive and unmoved on the heap, until the kernel says it is done with it.
+        let pushed = unsafe { ring.submission().push(&entry) };
+        if pushed.is_err() {
+            return Err(flight);
+        }
+        if self.flights.len() <= slot {
+            self.flights.resize_with(slot + 1, || None);
+        }
+        if let Some(place) = self.flights.get_mut(slot) {
+            *place = Some(flight);
+        }
+        self.flying += 1;
+        Ok(())
+    }
+
+    /// Takes the ring's completions; what is not wholly done is done again by a thread.
+    fn land(&mut self) {
+        let Ring::Ready(ring) = &mut self.ring else { return };
+        let landed: Vec<(u64, i32)> =
+            ring.completion().map(|entry| (entry.user_data(), entry.result())).collect();
+        for (token, result) in landed {
+            let slot = usize::try_from(token).unwrap_or(usize::MAX);
+            let Some(flight) = self.flights.get_mut(slot).and_then(Option::take) else { continue };
+            self.flying -= 1;
+            let token = Token(u32::try_from(token).unwrap_or(u32::MAX));
+            match outcome(&flight.operation, result) {
+                Some(result) => {
+                    self.done.push(Completion { token, result: Finished::Operation(result) });
+                }
+                None => self.threads.hand_over(token, &flight.store, flight.operation),
+            }
+        }
+    }
+}
+
+/// What came of an operation; `None` if it has to be done again. A flush that failed has told of its error by
+/// that, and would succeed the next time: it is never repeated.
+fn outcome(operation: &Operation, result: i32) -> Option<Result<(), StoreError>> {
+    match (operation, result) {
+        (Operation::Flush, 0..) => Some(Ok(())),
+        (Operation::Flush, error) if ![-libc::EINTR, -libc::EAGAIN].contains(&error) => {
+            Some(Err(Cause::from(&io::Error::from_raw_os_error(-error)).into()))
+        }
+        _ => i32::try_from(operation.len()).is_ok_and(|len| len == result).then_some(Ok(())),
+    }
+}
+
+/// Whether the kernel lets us have a ring.
+pub fn is_there() -> bool {
+    EventFd::new().is_ok_and(|wake| make(&wake).is_ok())
+}
+
+fn make(wake: &EventFd) -> io::Result<IoUring> {
+    let ring = IoUring::new(DEPTH)?;
+    ring.submitter().register_eventfd(wake.as_raw_fd())?;
+    Ok(ring)
+}
+
+/// The ring's form of an operation.
+fn entry(file: RawFd, operation: &Operation) -> Option<squeue::Entry> {
+    let file = types::Fd(file);
+    match operation {
+        Operation::Read { offset, into, medium: false } => {
+            let segments = into.iovecs();
+            let count = u32::try_from(segments.len()).ok()?;
+            Some(opcode::Readv::new(file, segments.as_ptr(), count).offset(*offset).build())
+        }
+        Operation::Write { offset, from, durability } => {
+            let segments = from.iovecs();
+            let count = u32::try_from(segments.len()).ok()?;
+            let flags = if *durability == Durability::Stable { libc::RWF_DSYNC } else { 0 };
+            let write = opcode::Writev::new(file, segments.as_ptr(), count).offset(*offset);
+            Some(write.rw_flags(flags).build())
+        }
+        Operation::Flush => {
+            Some(opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build())
+        }
+        Operation::Read { .. } | Operation::Prefetch { .. } => None,
+    }
+}
+
+impl<J: Send + 'static> Engine<J> for UringEngine<J> {
+    fn submit(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation) {
+        if let Some(result) = store.try_now(&operation) {
+            self.done.push(Completion { token, result: Finished::Operation(result) });
+            return;
+        }
+        let flight = Flight { store: Arc::clone(store), operation };
+        if let Err(flight) = self.launch(token.0, flight) {
+            self.threads.hand_over(token, store, flight.operation);
+        }
+    }
+
+    fn spawn(&mut self, token: Token, store: &Arc<dyn Store>, job: Job<J>) {
+        self.threads.spawn(token, store, job);
+    }
+
+    fn cancel(&mut self, token: u32) {
+        // What the kernel is at goes on.
+        if self.flights.get(token as usize).is_none_or(Option::is_none) {
+            self.threads.cancel(token);
+        }
+    }
+
+    fn flush(&mut self) {
+        if let Ring::Ready(ring) = &mut self.ring {
+            // What the kernel has not taken stays queued and is handed over with the next.
+            let waiting = !ring.submission().is_empty();
+            if waiting && let Err(error) = ring.submit() {
+                log::debug!("io_uring: {error}");
+                // The next look for completions tries again.
+                let _ = self.wake.write(1);
+            }
+        }
+    }
+
+    fn completions(&mut self, into: &mut Vec<Completion<J>>) {
+        self.flush();
+        self.land();
+        into.append(&mut self.done);
+        self.threads.completions(into);
+    }
+}
+
+impl<J> Drop for UringEngine<J> {
+    /// A queue ends with nothing in flight. Should it not, the kernel must not write to memory that is
+    /// somebody else's by then.
+    fn drop(&mut self) {
+        let Ring::Ready(ring) = &mut self.ring else { return };
+        while self.flying > 0 {
+            if ring.submit_and_wait(1).is_err() {
+                std::thread::yield_now();
+            }
+            let landed = ring.completion().count();
+            self.flying -= landed.min(self.flying);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Buffers;
+    use crate::store::file::{FileStore, OpenOptionsFor};
+
+    /// Runs operations and returns what came of each, by token.
+    fn run(
+        engine: &mut UringEngine<()>,
+        wake: &EventFd,
+        operations: Vec<(Arc<dyn Store>, Operation)>,
+    ) -> Vec<Result<(), StoreError>> {
+        let count = operations.len();
+        for (token, (store, operation)) in (0..).zip(operations) {
+            engine.submit(Token(token), &store, operation);
+        }
+        engine.flush();
+        let (mut landed, mut results) = (Vec::new(), vec![None; count]);
+        while results.iter().any(Option::is_none) {
+            engine.completions(&mut landed);
+            for completion in landed.drain(..) {
+                let Finished::Operation(result) = completion.result else { panic!("a job") };
+                let place = &mut results[completion.token.0 as usize];
+                assert!(place.replace(result).is_none(), "completed twice");
+            }
+            if results.iter().any(Option::is_none) {
+                wake.read().unwrap();
+            }
+        }
+        results.into_iter().flatten().collect()
+    }
+
+    /// More than the ring holds, with and without O_DIRECT, some of it beyond the end of the file.
+    #[test]
+    fn transfers_come_back_once_and_whole() {
+        for kind in [EngineKind::Auto, EngineKind::Threads] {
+            for direct in [true, false] {
+                let file = tempfile::NamedTempFile::new().unwrap();
+                file.as_file().set_len(4 << 20).unwrap();
+                let options = OpenOptionsFor { read_only: false, direct, block_size: 4096 };
+                let Ok(store) = FileStore::open(file.path(), &options) else { continue };
+                let store: Arc<dyn Store> = Arc::new(store);
+                let wake = Arc::new(EventFd::new().unwrap());
+                let mut engine = UringEngine::<()>::new(Arc::clone(&wake), kind);
+                let block = |n: u64| Buffers::copy_of(&[n as u8; 4096]).unwrap();
+                let writes = (0..300u64).map(|n| {
+                    let stable = [Durability::Cached, Durability::Stable][usize::from(n % 50 == 0)];
+                    let (offset, from) = (n * 4096, block(n));
+                    let write = Operation::Write { offset, from, durability: stable };
+                    (Arc::clone(&store), write)
+                });
+                let flush = (Arc::clone(&store), Operation::Flush);
+                let all = writes.chain([flush]).collect();
+                assert!(run(&mut engine, &wake, all).iter().all(Result::is_ok));
+                // The file is cut off in the middle: what is behind reads as zeroes.
+                file.as_file().set_len(200 * 4096 + 512).unwrap();
+                let into: Vec<Buffers> = (0..300).map(|_| block(99)).collect();
+                let reads = (0u64..).zip(&into).map(|(n, into)| {
+                    let (offset, into) = (n * 4096, into.clone());
+                    (Arc::clone(&store), Operation::Read { offset, into, medium: n % 70 == 3 })
+                });
+                assert!(run(&mut engine, &wake, reads.collect()).iter().all(Result::is_ok));
+                for (n, into) in into.iter().enumerate() {
+                    let mut expected = vec![n as u8; 4096];
+                    let end = (200 * 4096 + 512usize).saturating_sub(n * 4096).min(4096);
+                    expected[end..].fill(0);
+                    assert!(into.to_vec(4096) == expected, "{kind:?}, direct {direct}: block {n}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_flush_that_failed_is_not_repeated() {
+        let failed = outcome(&Operation::Flush, -libc::EIO);
+        assert_eq!(failed, Some(Err(Cause::Medium.into())));
+        assert_eq!(outcome(&Operation::Flush, -libc::EINTR), None);
+        let read =
+            Operation::Read { offset: 0, into: Buffers::zeroed(512).unwrap(), medium: false };
+        assert_eq!(outcome(&read, 512), Some(Ok(())));
+        assert_eq!((outcome(&read, 511), outcome(&read, -libc::EIO)), (None, None));
+    }
+}
