@@ -1,7 +1,7 @@
 //! What the truth costs: GET LBA STATUS on a file of a million extents beside the bare host calls, reads
 //! beside a looping map and beside a long copy, and copies beside `cp`.
 //!
-//! `cargo bench --bench provisioning [-- --json FILE]`; needs root (loop mounts) and 12 GiB of room.
+//! `cargo bench --bench provisioning [-- --only commands|reads|copies] [--json FILE]`; needs root (loop mounts) and 12 GiB of room.
 //! Everything that is compared is measured in turns in one run; the table shows medians.
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
 
@@ -10,7 +10,10 @@ mod frontend;
 #[path = "../tests/mounts/mod.rs"]
 mod mounts;
 
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -53,22 +56,34 @@ impl Report {
 
 fn main() {
     let mut report = Report::default();
+    let arguments: Vec<String> = std::env::args().collect();
+    let option = |name| arguments.iter().skip_while(|a| *a != name).nth(1);
+    let only = option("--only");
+    let wanted = |part: &str| only.is_none_or(|only| only == part);
 
     for kind in [Kind::Ext4, Kind::Xfs] {
+        if !wanted("commands") && !wanted("reads") {
+            continue;
+        }
         let Some(mount) = Mount::new(kind, 6 << 10) else { continue };
         let path = mount.path().join("disk.img");
         fragmented(&path);
         let scratch = Scratch::new();
         let daemon = Daemon::builder(&scratch).disk(&path, "").spawn();
-        commands(&mut report, kind, &daemon, &path);
-        beside_a_map(&mut report, kind, &daemon);
+        if wanted("commands") {
+            commands(&mut report, kind, &daemon, &path);
+        }
+        if wanted("reads") {
+            beside_a_map(&mut report, kind, &daemon);
+        }
     }
     for kind in [Kind::Ext4, Kind::Xfs, Kind::Btrfs] {
-        copies(&mut report, kind);
+        if wanted("copies") {
+            copies(&mut report, kind);
+        }
     }
-    let arguments: Vec<String> = std::env::args().collect();
-    if let Some(at) = arguments.iter().position(|a| a == "--json") {
-        std::fs::write(&arguments[at + 1], report.json()).unwrap();
+    if let Some(file) = option("--json") {
+        std::fs::write(file, report.json()).unwrap();
     }
 }
 
@@ -130,69 +145,96 @@ fn commands(report: &mut Report, kind: Kind, daemon: &Daemon, path: &Path) {
     );
 }
 
-/// The extents of a range by the bare calls: FIEMAP in batches, then lseek from data to hole to data.
+/// The extents of a range by as few bare calls as tell everything: FIEMAP in large batches, and one lseek
+/// for each place where it has found nothing.
 fn walk(file: &File, from: u64, len: u64) -> u64 {
-    let mut at = from;
+    let (mut at, mut found) = (from, 0);
     while at < from + len {
-        at = fiemap(file, at, from + len - at);
-    }
-    let mut found = 0;
-    let mut at = from;
-    while at < from + len {
-        let end = seek(file, at, if found % 2 == 0 { libc::SEEK_HOLE } else { libc::SEEK_DATA });
-        found += 1;
-        at = end;
+        let extents = fiemap(file, at, from + len - at);
+        for extent in &extents {
+            if extent.start > at {
+                assert_eq!(next_data(file, at), extent.start);
+                found += 1;
+            }
+            at = extent.end;
+            found += 1;
+        }
+        if extents.len() < FIEMAP_BATCH && at < from + len {
+            assert!(next_data(file, at) >= from + len);
+            return found + 1;
+        }
     }
     found
 }
 
-fn seek(file: &File, at: u64, whence: i32) -> u64 {
+fn next_data(file: &File, at: u64) -> u64 {
     // SAFETY: no memory is involved.
-    let found = unsafe { libc::lseek(file.as_raw_fd(), at as i64, whence) };
+    let found = unsafe { libc::lseek(file.as_raw_fd(), at as i64, libc::SEEK_DATA) };
     u64::try_from(found).unwrap_or(SIZE)
 }
 
-/// One FS_IOC_FIEMAP for as many extents as the daemon asks for at once; returns where it ends.
-fn fiemap(file: &File, at: u64, len: u64) -> u64 {
-    const COUNT: usize = 512;
-    const WORDS: usize = 4 + 7 * COUNT;
+/// What a bare walk would choose; the daemon asks for fewer at once, so that reads get in between.
+const FIEMAP_BATCH: usize = 512;
+
+/// One FS_IOC_FIEMAP.
+fn fiemap(file: &File, at: u64, len: u64) -> Vec<Range<u64>> {
+    const WORDS: usize = 4 + 7 * FIEMAP_BATCH;
     let mut buffer = [0u64; WORDS];
     buffer[0] = at;
     buffer[1] = len;
-    buffer[3] = COUNT as u64;
-    // SAFETY: the buffer is a `struct fiemap` with room for COUNT extents, as it says itself.
+    buffer[3] = FIEMAP_BATCH as u64;
+    // SAFETY: the buffer is a `struct fiemap` with room for so many extents, as it says itself.
     let status = unsafe { libc::ioctl(file.as_raw_fd(), 0xc020_660b, buffer.as_mut_ptr()) };
     assert_eq!(status, 0);
     let mapped = (buffer[2] >> 32) as usize;
-    if mapped < COUNT {
-        return at + len;
-    }
-    let last = 4 + 7 * (mapped - 1);
-    buffer[last] + buffer[last + 2]
+    buffer[4..].chunks(7).take(mapped).map(|extent| extent[0]..extent[0] + extent[2]).collect()
 }
 
-/// Latencies of random writes of 4 KiB, one after another.
-fn writes(lun: &Lun<'_>, rng: &mut Rng, extents: u64) -> Vec<f64> {
-    let end = Instant::now() + Duration::from_millis(400);
-    let data = [0x3c; 4096];
-    let mut latencies = Vec::new();
-    while Instant::now() < end {
-        let lba = rng.below(extents) * STRIDE / 512;
-        latencies.push(microseconds(|| lun.write16(lba, &data)));
-    }
-    latencies
+/// How long one sample of latencies takes.
+const SAMPLE: Duration = Duration::from_millis(400);
+
+/// Transfers of 4 KiB at random places.
+#[derive(Clone, Copy)]
+struct Load {
+    write: bool,
+    depth: usize,
+    /// Number of places.
+    places: u64,
 }
 
-/// Latencies of random reads of 4 KiB, one after another; `between` runs before each.
-fn reads(lun: &Lun<'_>, rng: &mut Rng, extents: u64, mut between: impl FnMut()) -> Vec<f64> {
-    let end = Instant::now() + Duration::from_millis(400);
-    let mut latencies = Vec::new();
-    while Instant::now() < end {
-        between();
-        let lba = rng.below(extents) * STRIDE / 512;
-        latencies.push(microseconds(|| drop(lun.run_read(cdb::read16(lba, 8), 8).expect_good())));
+impl std::fmt::Display for Load {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}, depth {}", if self.write { "writes" } else { "reads" }, self.depth)
     }
-    latencies
+}
+
+impl Load {
+    /// Latencies in microseconds of as many transfers as fit into a sample; `meanwhile` runs before each.
+    fn run(self, lun: &Lun<'_>, rng: &mut Rng, mut meanwhile: impl FnMut()) -> Vec<f64> {
+        let end = Instant::now() + SAMPLE;
+        let data = [0x3c; 4096];
+        let mut latencies = Vec::new();
+        let mut under_way = VecDeque::new();
+        while Instant::now() < end || !under_way.is_empty() {
+            if Instant::now() < end {
+                meanwhile();
+                let lba = rng.below(self.places) * STRIDE / 512;
+                let request = match self.write {
+                    true => lun.request(cdb::write16(lba, 8)).data_out(&data[..]),
+                    false => lun.request(cdb::read16(lba, 8)).data_in(4096),
+                };
+                under_way.push_back((Instant::now(), lun.submit(&request)));
+                if under_way.len() < self.depth {
+                    continue;
+                }
+            }
+            if let Some((start, ticket)) = under_way.pop_front() {
+                lun.front_end().wait(ticket).expect_good();
+                latencies.push(start.elapsed().as_secs_f64() * 1e6);
+            }
+        }
+        latencies
+    }
 }
 
 fn percentile(latencies: &mut [f64], percent: usize) -> f64 {
@@ -229,62 +271,65 @@ fn compare(
 fn beside_a_map(report: &mut Report, kind: Kind, daemon: &Daemon) {
     let fe = FrontEnd::builder().queues(2).connect(daemon);
     let lun = fe.ready_lun(0, 0);
-    let extents = EXTENTS / 50;
-    let mut rng = Rng::new(1);
+    let places = EXTENTS / 50;
+    let rng = Rng::new(1);
     // What is read is cached.
-    for n in 0..extents {
+    for n in 0..places {
         lun.run_read(cdb::read16(n * STRIDE / 512, 8), 8).expect_good();
     }
     let len = 8 + 16 * DESCRIPTORS as usize;
-    let next = std::cell::Cell::new(0u64);
+    let next = Cell::new(0u64);
     let query = || {
         let at = next.get();
         next.set((at + DESCRIPTORS / 2 * STRIDE) % SIZE);
         cdb::get_lba_status16(at / 512, len as u32, 0)
     };
-    let rng = std::cell::RefCell::new(&mut rng);
-    compare(
-        report,
-        &format!("{kind:?}: a looping map on the same queue, reads"),
-        || reads(&lun, &mut rng.borrow_mut(), extents, || {}),
-        || {
-            let submit = || lun.submit(&lun.request(query()).data_in(len));
-            let mut ticket = Some(submit());
-            let mut count = 0;
-            let latencies = reads(&lun, &mut rng.borrow_mut(), extents, || {
-                count += 1;
-                if count % 16 == 0 {
-                    // One map at a time.
-                    ticket.take().into_iter().for_each(|done| drop(fe.wait(done).expect_good()));
-                    ticket = Some(submit());
-                }
-            });
-            ticket.into_iter().for_each(|ticket| drop(fe.wait(ticket).expect_good()));
-            latencies
-        },
-    );
-    compare(
-        report,
-        &format!("{kind:?}: a looping map on another queue, reads"),
-        || reads(&lun, &mut rng.borrow_mut(), extents, || {}),
-        || {
-            let stop = AtomicBool::new(false);
-            std::thread::scope(|scope| {
-                scope.spawn(|| {
-                    let other = lun.on_queue(3);
-                    let mut at = 0;
-                    while !stop.load(Ordering::Relaxed) {
-                        let cdb = cdb::get_lba_status16(at / 512, len as u32, 0);
-                        other.run_in(cdb, len).expect_good();
-                        at = (at + DESCRIPTORS / 2 * STRIDE) % SIZE;
+    let rng = RefCell::new(rng);
+    let alone = |load: Load| load.run(&lun, &mut rng.borrow_mut(), || {});
+    for depth in [1, 8] {
+        let load = Load { write: false, depth, places };
+        compare(
+            report,
+            &format!("{kind:?}: {load}, a looping map on the same queue"),
+            || alone(load),
+            || {
+                let submit = || lun.submit(&lun.request(query()).data_in(len));
+                // There is always one map, and only one.
+                let mut map = submit();
+                let latencies = load.run(&lun, &mut rng.borrow_mut(), || {
+                    let done = fe.queue(lun.queue).try_take(map);
+                    if let Some(done) = done {
+                        ScsiResponse::parse(&done).expect_good();
+                        map = submit();
                     }
                 });
-                let latencies = reads(&lun, &mut rng.borrow_mut(), extents, || {});
-                stop.store(true, Ordering::Relaxed);
+                fe.wait(map).expect_good();
                 latencies
-            })
-        },
-    );
+            },
+        );
+        compare(
+            report,
+            &format!("{kind:?}: {load}, a looping map on another queue"),
+            || alone(load),
+            || {
+                let stop = AtomicBool::new(false);
+                std::thread::scope(|scope| {
+                    scope.spawn(|| {
+                        let other = lun.on_queue(3);
+                        let mut at = 0;
+                        while !stop.load(Ordering::Relaxed) {
+                            let cdb = cdb::get_lba_status16(at / 512, len as u32, 0);
+                            other.run_in(cdb, len).expect_good();
+                            at = (at + DESCRIPTORS / 2 * STRIDE) % SIZE;
+                        }
+                    });
+                    let latencies = alone(load);
+                    stop.store(true, Ordering::Relaxed);
+                    latencies
+                })
+            },
+        );
+    }
 }
 
 /// A GiB of data, by one token from disk to disk, and by `cp`; reads beside a long copy.
@@ -347,15 +392,12 @@ fn long_copy(
     token: &[u8],
     blocks: u32,
 ) {
-    let extents = GIB / STRIDE / 16;
-    let rng = std::cell::RefCell::new(Rng::new(3));
+    let rng = RefCell::new(Rng::new(3));
     for (queue, what) in [(2, "the same queue"), (3, "another queue")] {
-        for io in ["reads", "writes"] {
-            let measure = || match io {
-                "reads" => reads(a, &mut rng.borrow_mut(), extents, || {}),
-                _ => writes(a, &mut rng.borrow_mut(), extents),
-            };
-            compare(report, &format!("Ext4: a long copy on {what}, {io}"), measure, || {
+        for (write, depth) in [(false, 1), (true, 1), (false, 8), (true, 8)] {
+            let load = Load { write, depth, places: GIB / STRIDE / 16 };
+            let measure = || load.run(a, &mut rng.borrow_mut(), || {});
+            compare(report, &format!("Ext4: {load}, a long copy on {what}"), measure, || {
                 let other = b.on_queue(queue);
                 let (list, cdb) = write_list(77, token, blocks);
                 let ticket = other.submit(&other.request(cdb).data_out(&list[..]));

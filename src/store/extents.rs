@@ -134,7 +134,7 @@ impl Knowledge {
 
 /// Host calls after which a walk lets others run: on a busy machine a read would else wait for the
 /// scheduler's slice, which is as long as a thousand calls.
-const CALLS_AT_A_TIME: usize = 4;
+const CALLS_AT_A_TIME: usize = 6;
 
 /// Host calls that one walk may make for each extent it may return, and at least.
 const CALLS_PER_EXTENT: usize = 4;

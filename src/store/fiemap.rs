@@ -21,7 +21,7 @@ pub(super) struct Mapped {
 }
 
 /// Most extents asked for in one call.
-pub(super) const BATCH: usize = 8;
+pub(super) const BATCH: usize = 24;
 
 /// `struct fiemap` (linux/fiemap.h) with room for a batch.
 #[repr(C)]
