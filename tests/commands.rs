@@ -72,13 +72,13 @@ impl Bench {
             data_out: Buffers::copy_of(out).unwrap(),
             data_in: data_in.clone(),
         };
-        let address = Addressed::Disk(Arc::clone(&self.lun));
+        let address = Addressed::Disk(&self.lun);
         let outcome = match execute(&self.target, nexus, &address, request) {
             Plan::Done(outcome) => outcome,
             Plan::Transfer(transfer, operation) => {
-                transfer.finish(operation.run(self.lun.store().as_ref()))
+                transfer.finish(&self.lun, operation.run(self.lun.store().as_ref()))
             }
-            Plan::Job(_, job) => job(&Cancel::default()),
+            Plan::Job(job) => job(&Cancel::default()),
         };
         Answer { data: data_in.to_vec(outcome.transferred), outcome }
     }

@@ -13,9 +13,14 @@ use crate::store::Buffers;
 use crate::store::engine::Cancel;
 
 /// Takes a command through all checks to its handler.
-pub fn execute(target: &Target, nexus: &Arc<Nexus>, address: &Addressed, request: Request) -> Plan {
+pub fn execute(
+    target: &Target,
+    nexus: &Arc<Nexus>,
+    address: &Addressed<'_>,
+    mut request: Request,
+) -> Plan {
     match address {
-        Addressed::Disk(lun) => on_disk(target, nexus, lun, request),
+        Addressed::Disk(lun) => on_disk(target, nexus, lun, &mut request),
         Addressed::WellKnown(number) => {
             Plan::Done(without_disk(target, *number, &request, Missing::WellKnown))
         }
@@ -27,10 +32,9 @@ pub fn execute(target: &Target, nexus: &Arc<Nexus>, address: &Addressed, request
     }
 }
 
-fn on_disk(target: &Target, nexus: &Arc<Nexus>, lun: &Arc<Lun>, request: Request) -> Plan {
+fn on_disk(target: &Target, nexus: &Arc<Nexus>, lun: &Arc<Lun>, request: &mut Request) -> Plan {
     provisioning::watch(target, lun);
-    let data_in = request.data_in.clone();
-    let reply = check(nexus, lun, &request).and_then(|command| {
+    let reply = check(nexus, lun, request).and_then(|command| {
         let context = Context { target, nexus, lun, request };
         Ok((command, (command.handler)(context)?))
     });
@@ -42,21 +46,18 @@ fn on_disk(target: &Target, nexus: &Arc<Nexus>, lun: &Arc<Lun>, request: Request
         Reply::Good => Plan::Done(Outcome::good(0)),
         Reply::Consumed(bytes) => Plan::Done(Outcome::good(bytes)),
         Reply::Data { bytes, allocation } => Plan::Done(
-            deliver(&data_in, &bytes, allocation).unwrap_or_else(|error| lun.failed(error)),
+            deliver(&request.data_in, &bytes, allocation).unwrap_or_else(|error| lun.failed(error)),
         ),
         Reply::Transfer(operation, bytes) => {
             let writing = command.access == Access::Write;
-            Plan::Transfer(Transfer { lun: Arc::clone(lun), bytes, writing }, operation)
+            Plan::Transfer(Transfer { bytes, writing }, operation)
         }
         Reply::Job(job) => {
             let on = Arc::clone(lun);
-            Plan::Job(
-                Arc::clone(lun),
-                Box::new(move |cancel: &Cancel| match job(cancel) {
-                    Ok(transferred) => Outcome::good(transferred),
-                    Err(error) => on.failed(error),
-                }),
-            )
+            Plan::Job(Box::new(move |cancel: &Cancel| match job(cancel) {
+                Ok(transferred) => Outcome::good(transferred),
+                Err(error) => on.failed(error),
+            }))
         }
     }
 }
@@ -72,7 +73,7 @@ fn without_disk(target: &Target, number: u8, request: &Request, missing: Missing
 /// SPC-5: known operation, unit attention, reserved bits, operation under way, readiness, write
 /// protection.
 fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command, ScsiError> {
-    let command = cmd::find(cmd::offered(lun), &request.cdb);
+    let command = cmd::find_on(lun, &request.cdb);
     let exempt = command.as_ref().is_ok_and(|c| c.exempt_from_attention);
     if !exempt && let Some(attention) = nexus.attentions(lun.index()).take() {
         return Err(ScsiError::Check(attention.sense()));

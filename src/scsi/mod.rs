@@ -17,8 +17,6 @@ pub mod sense;
 pub mod target;
 pub mod wire;
 
-use std::sync::Arc;
-
 use crate::store::engine::Job;
 use crate::store::{Buffers, Operation, StoreError};
 
@@ -47,15 +45,13 @@ pub enum Plan {
     Done(Outcome),
     /// One transfer, then [`Transfer::finish`].
     Transfer(Transfer, Operation),
-    /// Blocking work of several steps, which makes the outcome itself.
-    Job(Arc<Lun>, Job<Outcome>),
+    /// Blocking work of several steps on the disk's threads, which makes the outcome itself.
+    Job(Job<Outcome>),
 }
 
 /// What is known of a transfer while it is under way.
-#[derive(Clone)]
+#[derive(Clone, Copy, Debug)]
 pub struct Transfer {
-    /// The disk it goes to.
-    pub lun: Arc<Lun>,
     /// Bytes of the data buffers that are used when it succeeds.
     pub bytes: usize,
     /// Whether it writes to the medium.
@@ -63,13 +59,11 @@ pub struct Transfer {
 }
 
 impl Transfer {
-    /// The command's outcome from the store's.
-    pub fn finish(&self, result: Result<(), StoreError>) -> Outcome {
+    /// The command's outcome from that of the disk's store.
+    pub fn finish(&self, lun: &Lun, result: Result<(), StoreError>) -> Outcome {
         match result {
             Ok(()) => Outcome::good(self.bytes),
-            Err(error) => {
-                self.lun.failed(ScsiError::from_store(error, self.writing, self.lun.block_size()))
-            }
+            Err(error) => lun.failed(ScsiError::from_store(error, self.writing, lun.block_size())),
         }
     }
 }

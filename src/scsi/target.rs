@@ -10,10 +10,10 @@ use super::copy::CopyManager;
 use super::lun::Lun;
 
 /// What a transport address leads to.
-#[derive(Clone)]
-pub enum Addressed {
+#[derive(Clone, Copy)]
+pub enum Addressed<'a> {
     /// A disk.
-    Disk(Arc<Lun>),
+    Disk(&'a Arc<Lun>),
     /// The REPORT LUNS well-known logical unit of a target.
     WellKnown(u8),
     /// A target that is there, but no such logical unit; the number, if it is one at all.
@@ -22,9 +22,9 @@ pub enum Addressed {
     AbsentTarget,
 }
 
-impl Addressed {
+impl<'a> Addressed<'a> {
     /// The disk, if it is one.
-    pub fn disk(&self) -> Option<&Arc<Lun>> {
+    pub fn disk(self) -> Option<&'a Arc<Lun>> {
         match self {
             Addressed::Disk(lun) => Some(lun),
             Addressed::WellKnown(_) | Addressed::AbsentLun(..) | Addressed::AbsentTarget => None,
@@ -105,7 +105,7 @@ impl Target {
 
     /// Decodes the LUN field of a virtio-scsi header (VIRTIO 1.3 5.6.6.1): 1, target, single-level
     /// LUN; or the REPORT LUNS well-known unit, with or without a target in front.
-    pub fn resolve(&self, field: &[u8; 8]) -> Addressed {
+    pub fn resolve(&self, field: &[u8; 8]) -> Addressed<'_> {
         let [kind, target, high, low, rest @ ..] = *field;
         if *field == REPORT_LUNS_WLUN {
             return Addressed::WellKnown(0);
@@ -125,7 +125,7 @@ impl Target {
             _ => None,
         };
         match number.and_then(|n| self.disk(target, n)) {
-            Some(disk) => Addressed::Disk(Arc::clone(disk)),
+            Some(disk) => Addressed::Disk(disk),
             None => Addressed::AbsentLun(target, number),
         }
     }

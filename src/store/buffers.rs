@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::any::Any;
+use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
 
@@ -15,9 +16,55 @@ const OWNED_ALIGN: usize = 4096;
 /// A list of memory segments, and what keeps them mapped.
 #[derive(Clone, Default)]
 pub struct Buffers {
-    segments: Vec<libc::iovec>,
+    segments: Segments,
     len: usize,
     owner: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+/// Segments in the kernel's form, in a vector that is used again: a queue thread makes several of these
+/// lists for each request.
+struct Segments(Vec<libc::iovec>);
+
+/// Vectors that a thread keeps for later, and the longest that it keeps, in segments. Together at most
+/// 1 MiB, and so much only where hundreds of requests of a MiB were in flight.
+const SPARE_LISTS: usize = 256;
+const SPARE_SEGMENTS: usize = 256;
+
+thread_local! {
+    static SPARE: RefCell<Vec<Vec<libc::iovec>>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Default for Segments {
+    fn default() -> Self {
+        Segments(
+            SPARE.try_with(|spare| spare.borrow_mut().pop()).ok().flatten().unwrap_or_default(),
+        )
+    }
+}
+
+impl Clone for Segments {
+    fn clone(&self) -> Self {
+        let mut copy = Self::default();
+        copy.0.extend_from_slice(&self.0);
+        copy
+    }
+}
+
+impl Drop for Segments {
+    fn drop(&mut self) {
+        if !(1..=SPARE_SEGMENTS).contains(&self.0.capacity()) {
+            return;
+        }
+        let mut list = std::mem::take(&mut self.0);
+        list.clear();
+        // A thread that ends keeps nothing.
+        let _ = SPARE.try_with(|spare| {
+            let mut spare = spare.borrow_mut();
+            if spare.len() < SPARE_LISTS {
+                spare.push(list);
+            }
+        });
+    }
 }
 
 // SAFETY: the segments are plain addresses of memory that `owner` keeps mapped; every access goes
@@ -28,7 +75,7 @@ unsafe impl Sync for Buffers {}
 
 impl fmt::Debug for Buffers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Buffers({} bytes in {} segments)", self.len, self.segments.len())
+        write!(f, "Buffers({} bytes in {} segments)", self.len, self.segments.0.len())
     }
 }
 
@@ -48,21 +95,21 @@ impl Drop for Owned {
 }
 
 impl Buffers {
-    /// A list over foreign memory.
+    /// An empty list, of segments that `owner` keeps mapped.
+    pub fn of(owner: Arc<dyn Any + Send + Sync>) -> Self {
+        Buffers { owner: Some(owner), ..Self::default() }
+    }
+
+    /// Adds a segment.
     ///
     /// # Safety
-    /// Each `(address, length)` must stay mapped readable and writable as long as `owner` lives,
-    /// and must not overlap memory that Rust references point to.
-    pub unsafe fn from_raw(
-        segments: impl Iterator<Item = (*mut u8, usize)>,
-        owner: Arc<dyn Any + Send + Sync>,
-    ) -> Self {
-        let mut list = Buffers { owner: Some(owner), ..Self::default() };
-        for (base, len) in segments.filter(|(_, len)| *len > 0) {
-            list.segments.push(libc::iovec { iov_base: base.cast(), iov_len: len });
-            list.len += len;
+    /// It must stay mapped readable and writable as long as the list's owner lives, and must not overlap
+    /// memory that Rust references point to.
+    pub unsafe fn push(&mut self, base: *mut u8, len: usize) {
+        if len > 0 {
+            self.segments.0.push(libc::iovec { iov_base: base.cast(), iov_len: len });
+            self.len += len;
         }
-        list
     }
 
     /// `len` zero bytes of our own memory, page aligned; `None` if there is no memory for them.
@@ -76,9 +123,10 @@ impl Buffers {
         if base.is_null() {
             return None;
         }
-        let owner = Arc::new(Owned(base, layout));
-        // SAFETY: `owner` frees the memory when the last list over it is gone.
-        Some(unsafe { Self::from_raw(std::iter::once((base, len)), owner) })
+        let mut list = Self::of(Arc::new(Owned(base, layout)));
+        // SAFETY: the owner frees the memory when the last list over it is gone.
+        unsafe { list.push(base, len) };
+        Some(list)
     }
 
     /// A copy of `bytes` in our own memory; `None` if there is no memory for it.
@@ -100,23 +148,42 @@ impl Buffers {
 
     /// The segments in the kernel's form.
     pub fn iovecs(&self) -> &[libc::iovec] {
-        &self.segments
+        &self.segments.0
     }
 
     /// Whether every segment starts at, and is as long as, a multiple of `align` bytes.
     pub fn is_aligned(&self, align: usize) -> bool {
         let mask = align.max(1) - 1;
-        self.segments.iter().all(|s| (s.iov_base as usize | s.iov_len) & mask == 0)
+        self.segments.0.iter().all(|s| (s.iov_base as usize | s.iov_len) & mask == 0)
     }
 
     /// The part `offset .. offset + len`, cut short at the end of the list.
     pub fn slice(&self, offset: usize, len: usize) -> Self {
         let mut part = Buffers { owner: self.owner.clone(), ..Self::default() };
         self.for_each(offset, len, |base, n, _| {
-            part.segments.push(libc::iovec { iov_base: base.cast(), iov_len: n });
+            part.segments.0.push(libc::iovec { iov_base: base.cast(), iov_len: n });
             part.len += n;
         });
         part
+    }
+
+    /// The list without its first `count` bytes.
+    pub fn skip(mut self, count: usize) -> Self {
+        let mut left = count.min(self.len);
+        self.len -= left;
+        let whole = self.segments.0.iter().take_while(|s| {
+            let goes = s.iov_len <= left;
+            left -= if goes { s.iov_len } else { 0 };
+            goes
+        });
+        let whole = whole.count();
+        self.segments.0.drain(..whole);
+        if let Some(first) = self.segments.0.first_mut() {
+            // `left` is less than the segment is long.
+            first.iov_base = first.iov_base.wrapping_byte_add(left);
+            first.iov_len -= left;
+        }
+        self
     }
 
     /// Copies out of the list from `offset` on, as much as `into` holds or the list has; returns
@@ -178,7 +245,7 @@ impl Buffers {
         mut f: impl FnMut(*mut u8, usize, usize),
     ) -> usize {
         let (mut skip, mut done) = (offset, 0);
-        for segment in &self.segments {
+        for segment in &self.segments.0 {
             if done == len {
                 break;
             }
@@ -205,9 +272,9 @@ mod tests {
         let mut owners: Vec<Arc<dyn Any + Send + Sync>> = Vec::new();
         for part in parts {
             let piece = Buffers::copy_of(part).unwrap();
-            all.segments.extend(piece.segments.iter());
+            all.segments.0.extend(piece.segments.0.iter());
             all.len += piece.len;
-            owners.extend(piece.owner);
+            owners.extend(piece.owner.clone());
         }
         all.owner = Some(Arc::new(owners));
         all
@@ -235,6 +302,13 @@ mod tests {
         assert_eq!(l.to_vec(9), b"ab\0\0efg");
         assert_eq!(l.slice(7, 3).len(), 0);
         assert_eq!(l.slice(6, 3).len(), 1);
+        for count in 0..9 {
+            let rest = l.clone().skip(count);
+            assert_eq!(
+                (rest.len(), rest.to_vec(9)),
+                (7usize.saturating_sub(count), l.to_vec(9).split_off(count.min(7)))
+            );
+        }
     }
 
     #[test]

@@ -18,7 +18,6 @@ use vhost::vhost_user::message::{
     VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
-use virtio_queue::{Queue, QueueT};
 use zerocopy::IntoBytes;
 
 use super::events::EventQueue;
@@ -26,6 +25,7 @@ use super::memory::{GuestMemory, MAX_SLOTS, Regions};
 use super::message::{Event, Message, Peers};
 use super::requests::RequestQueue;
 use super::ring::{MAX_QUEUE_SIZE, Ring};
+use super::split_ring::Layout;
 use super::tmf::ControlQueue;
 use super::wire::Config;
 use super::worker::Worker;
@@ -134,10 +134,12 @@ impl Connection {
         else {
             return Ok(());
         };
-        let queue = self.queue(ring, addresses, memory)?;
+        let layout = self.layout(ring, addresses)?;
         let kick = kick.try_clone().map_err(refused)?;
         let call = ring.call.as_ref().map(File::try_clone).transpose().map_err(refused)?;
-        let new = Ring::new(index, queue, Arc::clone(memory), call);
+        let event_idx = self.features & feature::EVENT_IDX != 0;
+        let new = Ring::new(index, layout, event_idx, ring.next_avail, memory, call);
+        let new = new.ok_or(Error::InvalidParam)?;
         let (target, nexus) = (Arc::clone(&self.device.target), Arc::clone(&self.nexus));
         let name = format!("queue {index}");
         let worker = match index {
@@ -164,26 +166,15 @@ impl Connection {
         Ok(())
     }
 
-    /// The device's view of a ring, checked to lie in the guest's memory.
-    fn queue(&self, ring: &RingState, addresses: [u64; 3], memory: &GuestMemory) -> Result<Queue> {
-        let invalid = |_| Error::InvalidParam;
+    /// Where a ring lies in the guest.
+    fn layout(&self, ring: &RingState, [descriptors, available, used]: [u64; 3]) -> Result<Layout> {
         let translate = |user| self.regions.guest_address(user).ok_or(Error::InvalidParam);
-        let [descriptors, available, used] = addresses;
-        let mut queue = Queue::new(MAX_QUEUE_SIZE).map_err(invalid)?;
-        queue.try_set_size(ring.size).map_err(invalid)?;
-        queue.try_set_desc_table_address(translate(descriptors)?).map_err(invalid)?;
-        queue.try_set_avail_ring_address(translate(available)?).map_err(invalid)?;
-        queue.try_set_used_ring_address(translate(used)?).map_err(invalid)?;
-        queue.set_event_idx(self.features & feature::EVENT_IDX != 0);
-        queue.set_ready(true);
-        if queue.avail_ring() == 0 || !queue.is_valid(memory) {
-            return Err(Error::InvalidParam);
-        }
-        queue.set_next_avail(ring.next_avail);
-        // The used index is not told by SET_VRING_BASE: it stands in the ring.
-        let used = queue.used_idx(memory, std::sync::atomic::Ordering::Acquire).map_err(invalid)?;
-        queue.set_next_used(used.0);
-        Ok(queue)
+        Ok(Layout {
+            size: ring.size,
+            descriptors: translate(descriptors)?,
+            available: translate(available)?,
+            used: translate(used)?,
+        })
     }
 
     /// Takes over a changed set of regions.

@@ -4,10 +4,11 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use virtio_queue::DescriptorChain;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use zerocopy::FromBytes;
 
 use super::memory::GuestMemory;
+use super::split_ring::{DESCRIPTOR_SIZE, Descriptor, SplitRing};
 use crate::store::Buffers;
 
 /// Most descriptors of a chain that we follow. The standard's bound is the queue size; QEMU's own
@@ -25,64 +26,127 @@ pub(super) struct Chain {
     pub writable: Buffers,
 }
 
-/// A chain that breaks the rules: it cannot be answered, only given back.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct BadChain {
-    /// Names the chain in the used ring.
-    pub head: u16,
-    /// What is wrong with it.
-    pub why: &'static str,
+/// Makes chains of descriptors. Each queue has one of its own, so that counting references touches no
+/// memory that queues share.
+pub(super) struct Chains {
+    memory: Arc<GuestMemory>,
+    /// What in-flight buffers hold to keep guest memory mapped.
+    owner: Arc<dyn Any + Send + Sync>,
+    /// The region that was last found: most buffers lie in the same.
+    near: Near,
+    /// The indirect table that is looked at, copied: the driver may change its own meanwhile.
+    table: Vec<u8>,
 }
 
-/// Resolves a chain against guest memory. The buffers keep `memory` mapped.
-pub(super) fn resolve(
-    memory: &Arc<Guard>,
-    mut chain: DescriptorChain<&GuestMemory>,
-) -> Result<Chain, BadChain> {
-    let head = chain.head_index();
-    let bad = |why| BadChain { head, why };
-    let (mut readable, mut writable) = (Vec::new(), Vec::new());
-    let mut complete = false;
-    for (count, descriptor) in chain.by_ref().enumerate() {
-        if count >= MAX_DESCRIPTORS {
-            return Err(bad("too many descriptors"));
+/// A region of guest memory, by guest addresses, and where it is mapped.
+struct Near {
+    start: u64,
+    end: u64,
+    host: *mut u8,
+}
+
+// SAFETY: the pointer is only handed on, into buffers whose owner keeps the memory mapped.
+unsafe impl Send for Near {}
+
+impl Chains {
+    /// Chains in this memory.
+    pub(super) fn new(memory: &Arc<GuestMemory>) -> Self {
+        Chains {
+            memory: Arc::clone(memory),
+            owner: Arc::new(Arc::clone(memory)),
+            near: Near { start: 0, end: 0, host: std::ptr::null_mut() },
+            table: Vec::new(),
         }
-        let list = match descriptor.is_write_only() {
-            true => &mut writable,
-            // VIRTIO 1.3 2.7.4.2: all device-readable descriptors come first.
-            false if !writable.is_empty() => return Err(bad("readable after writable descriptor")),
-            false => &mut readable,
-        };
-        append(&memory.0, descriptor.addr(), descriptor.len(), list)
-            .ok_or(bad("descriptor outside guest memory"))?;
-        complete = !descriptor.has_next();
     }
-    if !complete {
-        // The iterator stops without a word at loops, bad indices and bad indirect tables.
-        return Err(bad("chain without an end"));
-    }
-    let owner = || Arc::clone(memory) as Arc<dyn Any + Send + Sync>;
-    // SAFETY: every segment was found inside a mapped region of `memory`, which the owner keeps
-    // mapped; Rust references to guest memory do not exist.
-    let list = |segments: Vec<_>| unsafe { Buffers::from_raw(segments.into_iter(), owner()) };
-    Ok(Chain { head, readable: list(readable), writable: list(writable) })
-}
 
-/// Adds the pieces of a guest-physical range; `None` if part of it is not memory.
-fn append(
-    memory: &GuestMemory,
-    address: GuestAddress,
-    len: u32,
-    list: &mut Vec<(*mut u8, usize)>,
-) -> Option<()> {
-    for slice in memory.get_slices(address, len as usize) {
-        let slice = slice.ok()?;
-        list.push((slice.ptr_guard_mut().as_ptr(), slice.len()));
+    /// The chain that begins at descriptor `head`.
+    ///
+    /// # Errors
+    /// What is wrong with a chain that breaks the rules: it cannot be answered, only given back.
+    pub(super) fn resolve(&mut self, ring: &SplitRing, head: u16) -> Result<Chain, &'static str> {
+        let (mut readable, mut writable) = (self.no_buffers(), self.no_buffers());
+        let first = ring.descriptor(head).ok_or("no such descriptor")?;
+        let indirect = first.is_indirect();
+        if indirect {
+            self.copy_table(&first)?;
+        }
+        let mut next = Some(if indirect { 0 } else { head });
+        let mut count = 0;
+        while let Some(index) = next {
+            let descriptor = if indirect { self.entry(index) } else { ring.descriptor(index) };
+            let descriptor = descriptor.ok_or("descriptor outside its table")?;
+            if descriptor.is_indirect() {
+                // VIRTIO 1.3 2.7.5.3.1: neither in an indirect table nor behind other descriptors.
+                return Err("misplaced indirect descriptor");
+            }
+            count += 1;
+            if count > MAX_DESCRIPTORS || !indirect && count > ring.size().into() {
+                return Err("chain without an end");
+            }
+            let list = match descriptor.is_writable() {
+                true => &mut writable,
+                // VIRTIO 1.3 2.7.4.2: all device-readable descriptors come first.
+                false if !writable.is_empty() => return Err("readable after writable descriptor"),
+                false => &mut readable,
+            };
+            let (address, len) = (descriptor.address.get(), descriptor.len.get());
+            self.append(address, len, list).ok_or("descriptor outside guest memory")?;
+            next = descriptor.has_next().then(|| descriptor.next.get());
+        }
+        Ok(Chain { head, readable, writable })
     }
-    Some(())
-}
 
-/// What in-flight buffers hold to keep guest memory mapped. Each queue has one of its own, so that
-/// counting references touches no memory that queues share.
-#[derive(Debug)]
-pub(super) struct Guard(pub Arc<GuestMemory>);
+    fn no_buffers(&self) -> Buffers {
+        Buffers::of(Arc::clone(&self.owner))
+    }
+
+    fn copy_table(&mut self, descriptor: &Descriptor) -> Result<(), &'static str> {
+        let len = descriptor.len.get() as usize;
+        if descriptor.has_next() {
+            return Err("indirect descriptor with another behind it");
+        }
+        let entries = len / DESCRIPTOR_SIZE;
+        if !len.is_multiple_of(DESCRIPTOR_SIZE) || !(1..=MAX_DESCRIPTORS).contains(&entries) {
+            return Err("indirect table of a wrong length");
+        }
+        self.table.resize(len, 0);
+        let at = GuestAddress(descriptor.address.get());
+        let read = self.memory.read_slice(&mut self.table, at);
+        read.map_err(|_| "indirect table outside guest memory")
+    }
+
+    fn entry(&self, index: u16) -> Option<Descriptor> {
+        let start = DESCRIPTOR_SIZE * usize::from(index);
+        let bytes = self.table.get(start..start + DESCRIPTOR_SIZE)?;
+        Descriptor::read_from_bytes(bytes).ok()
+    }
+
+    /// Adds the pieces of a guest-physical range; `None` if part of it is not memory.
+    fn append(&mut self, address: u64, len: u32, list: &mut Buffers) -> Option<()> {
+        let end = address.checked_add(u64::from(len))?;
+        if address < self.near.start || end > self.near.end {
+            self.find(address);
+        }
+        if address >= self.near.start && end <= self.near.end {
+            let offset = usize::try_from(address - self.near.start).ok()?;
+            // SAFETY: inside the region, which the list's owner keeps mapped; Rust references to guest
+            // memory do not exist.
+            unsafe { list.push(self.near.host.add(offset), len as usize) };
+            return Some(());
+        }
+        for slice in self.memory.get_slices(GuestAddress(address), len as usize) {
+            let slice = slice.ok()?;
+            // SAFETY: as above.
+            unsafe { list.push(slice.ptr_guard_mut().as_ptr(), slice.len()) };
+        }
+        Some(())
+    }
+
+    fn find(&mut self, address: u64) {
+        if let Some(region) = self.memory.find_region(GuestAddress(address)) {
+            let start = region.start_addr().0;
+            let end = start.saturating_add(region.len());
+            self.near = Near { start, end, host: region.as_ptr() };
+        }
+    }
+}

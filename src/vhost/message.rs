@@ -10,7 +10,7 @@ use nix::sys::eventfd::EventFd;
 
 use super::memory::GuestMemory;
 use super::wire::{Response, T_PARAM_CHANGE};
-use crate::scsi::{Lun, LunNumber, UnitAttention};
+use crate::scsi::{LunNumber, UnitAttention};
 
 /// What others want of a queue thread.
 pub(super) enum Message {
@@ -99,8 +99,8 @@ impl Sweep {
     }
 
     /// Whether it is about this command.
-    pub(super) fn selects(&self, lun: &Lun, tag: u64) -> bool {
-        self.disks.contains(&lun.index()) && self.tag.is_none_or(|t| t == tag)
+    pub(super) fn selects(&self, disk: usize, tag: u64) -> bool {
+        self.disks.contains(&disk) && self.tag.is_none_or(|t| t == tag)
     }
 
     /// Notes that there is such a command.

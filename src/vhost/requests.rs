@@ -1,4 +1,4 @@
-//! The request queues: commands in, responses out, in any order.
+//! The request queues: commands in, responses out, in any order that task attributes allow.
 
 use std::sync::Arc;
 
@@ -7,10 +7,13 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::guest_buf::Chain;
 use super::message::{Message, Sweep};
+use super::order::{Attribute, Order};
 use super::ring::Ring;
 use super::wire::{CommandHeader, CommandResponse, Response};
 use super::worker::Service;
-use crate::scsi::{self, Cdb, Lun, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer};
+use crate::scsi::{
+    self, Cdb, Delivery, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer,
+};
 use crate::store::engine::uring::UringEngine;
 use crate::store::engine::{Completion, Engine, EngineKind, Finished, Token};
 use crate::store::{Buffers, Cause};
@@ -18,23 +21,12 @@ use crate::store::{Buffers, Cause};
 /// Requests taken in one pass before completions are looked at again.
 const BATCH: usize = 64;
 
-/// A command in flight.
-struct Task {
+/// A command that was received: who gave it, and where its answer goes.
+struct Received {
     head: u16,
     tag: u64,
-    lun: Arc<Lun>,
     response: Buffers,
     data: DataPhase,
-    kind: Kind,
-    /// How it ends if a task management function ended it.
-    ended: Option<Response>,
-    /// Task management functions that wait for its end.
-    sweeps: Vec<Arc<Sweep>>,
-}
-
-enum Kind {
-    Transfer(Transfer),
-    Job,
 }
 
 /// The data buffers of a command.
@@ -46,14 +38,68 @@ struct DataPhase {
     to_driver: bool,
 }
 
+/// A command in flight.
+struct Task {
+    received: Received,
+    /// The disk, by its index.
+    disk: usize,
+    /// `None` for a job.
+    transfer: Option<Transfer>,
+    /// How it ends if a task management function ended it.
+    ended: Option<Response>,
+    /// Task management functions that wait for its end.
+    sweeps: Vec<Arc<Sweep>>,
+}
+
 /// Serves one request queue.
 pub(super) struct RequestQueue {
     target: Arc<Target>,
     nexus: Arc<Nexus>,
+    flights: Flights,
+    /// Commands that may not begin yet.
+    order: Order<(Received, [u8; 8], Request)>,
+    completions: Vec<Completion<Outcome>>,
+}
+
+/// The commands in flight, and what they are in flight with.
+struct Flights {
     engine: UringEngine<Outcome>,
     tasks: Vec<Option<Task>>,
     free: Vec<u32>,
-    completions: Vec<Completion<Outcome>>,
+}
+
+impl Flights {
+    /// A place for a command.
+    fn put(&mut self, disk: usize, transfer: Option<Transfer>, received: Received) -> u32 {
+        let task = Some(Task { received, disk, transfer, ended: None, sweeps: Vec::new() });
+        match self.free.pop() {
+            Some(slot) => {
+                if let Some(place) = self.tasks.get_mut(slot as usize) {
+                    *place = task;
+                }
+                slot
+            }
+            None => {
+                self.tasks.push(task);
+                // At most a queue size of tasks, checked before each is taken.
+                u32::try_from(self.tasks.len() - 1).unwrap_or(u32::MAX)
+            }
+        }
+    }
+
+    fn take(&mut self, slot: u32) -> Option<Task> {
+        let task = self.tasks.get_mut(slot as usize)?.take()?;
+        self.free.push(slot);
+        Some(task)
+    }
+
+    fn len(&self) -> usize {
+        self.tasks.len() - self.free.len()
+    }
+
+    fn on_disk(&self, disk: usize) -> usize {
+        self.tasks.iter().flatten().filter(|task| task.disk == disk).count()
+    }
 }
 
 impl RequestQueue {
@@ -67,25 +113,28 @@ impl RequestQueue {
         RequestQueue {
             target,
             nexus,
-            engine: UringEngine::new(wake, kind),
-            tasks: Vec::new(),
-            free: Vec::new(),
+            flights: Flights {
+                engine: UringEngine::new(wake, kind),
+                tasks: Vec::new(),
+                free: Vec::new(),
+            },
+            order: Order::default(),
             completions: Vec::new(),
         }
     }
 
-    fn begin(&mut self, ring: &mut Ring, chain: Chain) {
+    fn receive(&mut self, ring: &mut Ring, chain: Chain) {
         let Chain { head, readable, writable } = chain;
         let mut header = [0; size_of::<CommandHeader>()];
         if writable.len() < size_of::<CommandResponse>() {
             return ring.refuse(head, "no room for a response");
         }
         let response = writable.slice(0, size_of::<CommandResponse>());
-        let data_in = writable.slice(size_of::<CommandResponse>(), writable.len());
+        let data_in = writable.skip(size_of::<CommandResponse>());
         if readable.read_at(0, &mut header) < header.len() {
             return fail(ring, head, &response, data_in.len());
         }
-        let data_out = readable.slice(header.len(), readable.len());
+        let data_out = readable.skip(header.len());
         let Ok((header, _)) = CommandHeader::ref_from_prefix(&header) else {
             return fail(ring, head, &response, data_in.len());
         };
@@ -95,96 +144,152 @@ impl RequestQueue {
         }
         let data =
             DataPhase { len: data_in.len() + data_out.len(), to_driver: !data_in.is_empty() };
-        let address = self.target.resolve(&header.lun);
+        let received = Received { head, tag: header.tag.get(), response, data };
         let request = Request { cdb: Cdb(header.cdb), data_out, data_in };
-        let plan = scsi::execute(&self.target, &self.nexus, &address, request);
-        let (Plan::Transfer(Transfer { lun, .. }, _) | Plan::Job(lun, _)) = &plan else {
-            if let Plan::Done(outcome) = plan {
-                respond(
-                    ring,
-                    head,
-                    &response,
-                    data,
-                    &CommandResponse::new(&outcome, data.len),
-                    &outcome,
-                );
-            }
-            return;
-        };
-        let task = Task {
-            head,
-            tag: header.tag.get(),
-            lun: Arc::clone(lun),
-            response,
-            data,
-            kind: Kind::Job,
-            ended: None,
-            sweeps: Vec::new(),
-        };
-        self.start(task, plan);
+        let attribute = Attribute::parse(header.task_attribute);
+        if attribute == Attribute::Simple && self.order.is_free() {
+            self.begin(ring, &header.lun, received, request);
+        } else {
+            self.begin_in_order(ring, &header.lun, attribute, received, request);
+        }
     }
 
-    fn start(&mut self, mut task: Task, plan: Plan) {
-        let slot = self.free.pop().unwrap_or_else(|| {
-            self.tasks.push(None);
-            // At most a queue size of tasks, checked before each is taken.
-            u32::try_from(self.tasks.len() - 1).unwrap_or(u32::MAX)
-        });
-        let store = Arc::clone(task.lun.store());
-        match plan {
-            Plan::Done(_) => {}
-            Plan::Transfer(transfer, operation) => {
-                task.kind = Kind::Transfer(transfer);
-                self.put(slot, task);
-                self.engine.submit(Token(slot), &store, operation);
+    /// Begins a command; says where it is in flight if it has not ended at once.
+    fn begin(
+        &mut self,
+        ring: &mut Ring,
+        lun: &[u8; 8],
+        received: Received,
+        request: Request,
+    ) -> Option<u32> {
+        let RequestQueue { target, nexus, flights, .. } = self;
+        let address = target.resolve(lun);
+        let plan = scsi::execute(target, nexus, &address, request);
+        let outcome = match (plan, address.disk()) {
+            (Plan::Done(outcome), _) => outcome,
+            (Plan::Transfer(transfer, operation), Some(lun)) => {
+                match lun.store().try_now(&operation) {
+                    Some(result) => transfer.finish(lun, result),
+                    None => {
+                        let slot = flights.put(lun.index(), Some(transfer), received);
+                        flights.engine.submit(Token(slot), lun.index(), lun.store(), operation);
+                        return Some(slot);
+                    }
+                }
             }
-            Plan::Job(_, job) => {
-                self.put(slot, task);
-                self.engine.spawn(Token(slot), &store, job);
+            (Plan::Job(job), Some(lun)) => {
+                let slot = flights.put(lun.index(), None, received);
+                flights.engine.spawn(Token(slot), lun.store(), job);
+                return Some(slot);
+            }
+            // Only a disk has work to do.
+            (Plan::Transfer(..) | Plan::Job(_), None) => Outcome::undelivered(Delivery::BadTarget),
+        };
+        received.answer(ring, None, &outcome);
+        None
+    }
+
+    /// Begins a command when its task attribute and those of the ones before it allow.
+    fn begin_in_order(
+        &mut self,
+        ring: &mut Ring,
+        lun: &[u8; 8],
+        attribute: Attribute,
+        received: Received,
+        request: Request,
+    ) {
+        let disk = self.target.resolve(lun).disk().map(|lun| lun.index());
+        match disk {
+            Some(disk) if self.order.holds_back(disk, attribute, self.flights.on_disk(disk)) => {
+                self.order.wait(disk, attribute, (received, *lun, request));
+            }
+            _ => {
+                let slot = self.begin(ring, lun, received, request);
+                if let (Some(disk), Attribute::Ordered, Some(slot)) = (disk, attribute, slot) {
+                    self.order.began(disk, slot);
+                }
             }
         }
     }
 
-    fn put(&mut self, slot: u32, task: Task) {
-        if let Some(place) = self.tasks.get_mut(slot as usize) {
-            *place = Some(task);
+    /// Begins what no longer has to wait.
+    fn go_on(&mut self, ring: &mut Ring, disk: usize) {
+        while let Some((attribute, (received, lun, request))) =
+            self.order.next(disk, self.flights.on_disk(disk))
+        {
+            let slot = self.begin(ring, &lun, received, request);
+            if let (Attribute::Ordered, Some(slot)) = (attribute, slot) {
+                self.order.began(disk, slot);
+            }
         }
     }
 
     fn finish(&mut self, ring: &mut Ring, completion: Completion<Outcome>) {
         let slot = completion.token.0;
-        let Some(task) = self.tasks.get_mut(slot as usize).and_then(Option::take) else { return };
-        self.free.push(slot);
-        let outcome = match (completion.result, &task.kind) {
-            (Finished::Operation(result), Kind::Transfer(transfer)) => transfer.finish(result),
+        let Some(task) = self.flights.take(slot) else { return };
+        let Some(lun) = self.target.disks().get(task.disk) else { return };
+        let outcome = match (completion.result, task.transfer) {
+            (Finished::Operation(result), Some(transfer)) => transfer.finish(lun, result),
             (Finished::Job(outcome), _) => outcome,
-            (Finished::Withdrawn, Kind::Transfer(transfer)) => {
-                transfer.finish(Err(Cause::Cancelled.into()))
+            (Finished::Withdrawn, Some(transfer)) => {
+                transfer.finish(lun, Err(Cause::Cancelled.into()))
             }
-            (Finished::Withdrawn | Finished::Operation(_), Kind::Job) => {
-                task.lun.failed(ScsiError::Aborted)
-            }
+            (Finished::Withdrawn | Finished::Operation(_), None) => lun.failed(ScsiError::Aborted),
         };
-        let response = match task.ended {
-            None => CommandResponse::new(&outcome, task.data.len),
-            Some(response) => CommandResponse::bare(response, task.data.len),
-        };
-        respond(ring, task.head, &task.response, task.data, &response, &outcome);
+        task.received.answer(ring, task.ended, &outcome);
+        if !self.order.is_free() {
+            self.order.ended(task.disk, slot);
+            self.go_on(ring, task.disk);
+        }
     }
 
     /// Marks the commands that a task management function is about, and ends them if it says so.
-    fn sweep(&mut self, sweep: &Arc<Sweep>) {
-        for (slot, place) in (0u32..).zip(self.tasks.iter_mut()) {
+    fn sweep(&mut self, ring: &mut Ring, sweep: &Arc<Sweep>) {
+        for (slot, place) in (0u32..).zip(self.flights.tasks.iter_mut()) {
             let Some(task) = place.as_mut() else { continue };
-            if !sweep.selects(&task.lun, task.tag) {
+            if !sweep.selects(task.disk, task.received.tag) {
                 continue;
             }
             sweep.found();
             if let Some(response) = sweep.ends_with() {
                 task.ended = Some(response);
                 task.sweeps.push(Arc::clone(sweep));
-                self.engine.cancel(slot);
+                self.flights.engine.cancel(slot);
             }
+        }
+        for disk in self.order.disks() {
+            let selected = |tag| sweep.selects(disk, tag);
+            if !self.order.has(disk, |(received, ..)| selected(received.tag)) {
+                continue;
+            }
+            sweep.found();
+            if let Some(response) = sweep.ends_with() {
+                self.end_waiting(ring, disk, response, selected);
+            }
+        }
+    }
+
+    /// Ends commands that have not begun.
+    fn end_waiting(
+        &mut self,
+        ring: &mut Ring,
+        disk: usize,
+        response: Response,
+        which: impl Fn(u64) -> bool,
+    ) {
+        for (received, ..) in self.order.take(disk, |(received, ..)| which(received.tag)) {
+            received.answer(ring, Some(response), &Outcome::undelivered(Delivery::Aborted));
+        }
+        self.go_on(ring, disk);
+    }
+
+    /// Nobody will hear the answers.
+    fn give_up(&mut self, ring: &mut Ring) {
+        for disk in self.order.disks() {
+            self.end_waiting(ring, disk, Response::Aborted, |_| true);
+        }
+        for slot in 0..self.flights.tasks.len() {
+            self.flights.engine.cancel(u32::try_from(slot).unwrap_or(u32::MAX));
         }
     }
 }
@@ -198,17 +303,18 @@ impl Service for RequestQueue {
                 more = false;
                 break;
             };
-            self.begin(ring, chain);
+            self.receive(ring, chain);
         }
-        self.engine.flush();
-        // What was done at once rings no bell.
-        self.progress(ring);
+        self.flights.engine.flush();
         more
     }
 
     fn progress(&mut self, ring: &mut Ring) {
+        if self.flights.len() == 0 {
+            return;
+        }
         let mut completions = std::mem::take(&mut self.completions);
-        self.engine.completions(&mut completions);
+        self.flights.engine.completions(&mut completions);
         for completion in completions.drain(..) {
             self.finish(ring, completion);
         }
@@ -225,13 +331,9 @@ impl Service for RequestQueue {
                         break;
                     }
                 }
-                self.sweep(&sweep);
+                self.sweep(ring, &sweep);
             }
-            Message::GiveUp => {
-                for slot in 0..self.tasks.len() {
-                    self.engine.cancel(u32::try_from(slot).unwrap_or(u32::MAX));
-                }
-            }
+            Message::GiveUp => self.give_up(ring),
             _ => {}
         }
     }
@@ -242,7 +344,21 @@ impl Service for RequestQueue {
     }
 
     fn in_flight(&self) -> usize {
-        self.tasks.len() - self.free.len()
+        self.flights.len() + self.order.waiting()
+    }
+}
+
+impl Received {
+    /// Writes the response and gives the chain back, with the bytes written to it. `instead` stands in for
+    /// the outcome of a command that was ended from outside.
+    fn answer(&self, ring: &mut Ring, instead: Option<Response>, outcome: &Outcome) {
+        let response = match instead {
+            None => CommandResponse::new(outcome, self.data.len),
+            Some(response) => CommandResponse::bare(response, self.data.len),
+        };
+        let header = self.response.write_at(0, response.as_bytes());
+        let data = if self.data.to_driver { outcome.transferred } else { 0 };
+        ring.push(self.head, header + data);
     }
 }
 
@@ -250,18 +366,4 @@ impl Service for RequestQueue {
 fn fail(ring: &mut Ring, head: u16, room: &Buffers, data_len: usize) {
     let response = CommandResponse::bare(Response::Failure, data_len);
     ring.push(head, room.write_at(0, response.as_bytes()));
-}
-
-/// Writes the response and gives the chain back, with the bytes written to it.
-fn respond(
-    ring: &mut Ring,
-    head: u16,
-    room: &Buffers,
-    data: DataPhase,
-    response: &CommandResponse,
-    outcome: &Outcome,
-) {
-    let header = room.write_at(0, response.as_bytes());
-    let data = if data.to_driver { outcome.transferred } else { 0 };
-    ring.push(head, header + data);
 }

@@ -3,135 +3,185 @@
 use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
-
-use super::guest_buf::{BadChain, Chain, Guard, resolve};
+use super::guest_buf::{Chain, Chains};
 use super::memory::GuestMemory;
+use super::split_ring::{Layout, SplitRing};
 
 /// Largest queue we serve.
 pub(super) const MAX_QUEUE_SIZE: u16 = 1024;
 
-/// VIRTQ_AVAIL_F_NO_INTERRUPT.
-const AVAIL_F_NO_INTERRUPT: u16 = 1;
+/// Used entries after which the driver may see them, though more are coming: it can begin with them while
+/// we go on, and the index, on whose cache line both look, need not move for each.
+const SHOWN_AT_ONCE: u16 = 8;
 
 /// A queue that runs.
 pub(super) struct Ring {
-    queue: Queue,
-    memory: Arc<Guard>,
+    parts: SplitRing,
+    layout: Layout,
+    event_idx: bool,
+    chains: Chains,
     call: Option<File>,
     complaints: Complaints,
-    /// Whether used buffers were added since the driver was last told.
-    unannounced: bool,
+    /// Where the next request will be found.
+    next_avail: u16,
+    /// The driver's index when it was last looked at.
+    seen_avail: u16,
+    /// Where the next used entry goes.
+    next_used: u16,
+    /// Up to where the driver sees used entries.
+    shown_used: u16,
+    /// Up to where the driver was told of them, or did not want to be; `None` if it has to be told.
+    told_used: Option<u16>,
     /// The driver broke a rule that leaves no way to go on.
     broken: bool,
 }
 
 impl Ring {
-    /// A ring over a queue whose addresses lie in `memory`.
+    /// A ring that goes on at `next_avail`; `None` if it does not lie in memory as it must.
     pub(super) fn new(
         index: usize,
-        queue: Queue,
-        memory: Arc<GuestMemory>,
+        layout: Layout,
+        event_idx: bool,
+        next_avail: u16,
+        memory: &Arc<GuestMemory>,
         call: Option<File>,
-    ) -> Self {
-        Ring {
-            queue,
-            memory: Arc::new(Guard(memory)),
+    ) -> Option<Self> {
+        let parts = SplitRing::find(memory, &layout)?;
+        // SET_VRING_BASE does not tell the used index: it stands in the ring.
+        let used = parts.used_index();
+        Some(Ring {
+            parts,
+            layout,
+            event_idx,
+            chains: Chains::new(memory),
             call,
             complaints: Complaints::new(index),
-            unannounced: false,
+            next_avail,
+            seen_avail: next_avail,
+            next_used: used,
+            shown_used: used,
+            told_used: None,
             broken: false,
-        }
+        })
     }
 
     /// The next request, or `None` if there is none.
     pub(super) fn pop(&mut self) -> Option<Chain> {
-        while !self.broken {
-            let memory: &GuestMemory = &self.memory.0;
-            let chain = match self.queue.iter(memory) {
-                Ok(mut chains) => chains.next()?,
-                Err(error) => {
-                    self.broken = true;
-                    self.complaints.say(&format!("queue is broken and stopped: {error}"));
-                    return None;
-                }
-            };
-            match resolve(&self.memory, chain) {
+        while let Some(head) = self.next_head() {
+            match self.chains.resolve(&self.parts, head) {
                 Ok(chain) => return Some(chain),
-                Err(bad) => self.give_back(&bad),
+                Err(why) => self.refuse(head, why),
             }
         }
         None
     }
 
-    fn give_back(&mut self, bad: &BadChain) {
-        self.complaints.say(bad.why);
-        self.push(bad.head, 0);
+    fn next_head(&mut self) -> Option<u16> {
+        if !self.has_requests() {
+            return None;
+        }
+        let head = self.parts.available(self.next_avail);
+        if head >= self.parts.size() {
+            // There is no such chain to give back, and so no way to say what became of it.
+            self.stop_for_good("the available ring names a descriptor that is not there");
+            return None;
+        }
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Some(head)
+    }
+
+    /// Whether there is a request to pop.
+    pub(super) fn has_requests(&mut self) -> bool {
+        if self.broken {
+            return false;
+        }
+        if self.next_avail == self.seen_avail {
+            self.seen_avail = self.parts.available_index();
+            if self.seen_avail.wrapping_sub(self.next_avail) > self.parts.size() {
+                self.stop_for_good("the available index is further than the queue is long");
+            }
+        }
+        self.next_avail != self.seen_avail && !self.broken
+    }
+
+    fn stop_for_good(&mut self, why: &str) {
+        self.broken = true;
+        self.complaints.say(&format!("queue is broken and stopped: {why}"));
     }
 
     /// A chain that we cannot answer: back it goes, with nothing written.
     pub(super) fn refuse(&mut self, head: u16, why: &'static str) {
-        self.give_back(&BadChain { head, why });
+        self.complaints.say(why);
+        self.push(head, 0);
     }
 
     /// Puts a chain into the used ring, with the number of bytes written to it.
     pub(super) fn push(&mut self, head: u16, written: usize) {
-        let written = u32::try_from(written).unwrap_or(u32::MAX);
-        if let Err(error) = self.queue.add_used(self.memory.0.as_ref(), head, written) {
-            self.broken = true;
-            self.complaints.say(&format!("cannot write the used ring: {error}"));
+        self.parts.put_used(self.next_used, head, u32::try_from(written).unwrap_or(u32::MAX));
+        self.next_used = self.next_used.wrapping_add(1);
+        if self.next_used.wrapping_sub(self.shown_used) >= SHOWN_AT_ONCE {
+            self.show();
         }
-        self.unannounced = true;
     }
 
-    /// Tells the driver about used buffers, if there are any and it wants to know.
+    fn show(&mut self) {
+        self.parts.set_used_index(self.next_used);
+        self.shown_used = self.next_used;
+    }
+
+    /// Shows the driver the used buffers, and tells it if there are any that it wants to know of.
     pub(super) fn announce(&mut self) {
-        if !std::mem::take(&mut self.unannounced) {
+        if self.shown_used != self.next_used {
+            self.show();
+        }
+        if self.told_used == Some(self.shown_used) {
             return;
         }
-        if let (true, Some(mut call)) = (self.driver_wants_to_know(), self.call.as_ref()) {
+        let told = self.told_used.replace(self.shown_used);
+        if let (true, Some(mut call)) = (self.driver_wants_to_know(told), self.call.as_ref()) {
             // It fails if the counter is full, and then the driver knows already.
             let _ = call.write(&1u64.to_ne_bytes());
         }
     }
 
-    fn driver_wants_to_know(&mut self) -> bool {
-        let memory = self.memory.0.as_ref();
-        let wanted = self.queue.needs_notification(memory).unwrap_or(true);
-        // Without EVENT_IDX the driver says so by a flag, which virtio-queue does not look at
-        // (VIRTIO 1.3 2.7.7). That call has put a fence after the used index.
-        let flags: u16 = match self.queue.event_idx_enabled() {
-            true => 0,
-            false => memory
-                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-                .unwrap_or_default(),
-        };
-        wanted && u16::from_le(flags) & AVAIL_F_NO_INTERRUPT == 0
+    fn driver_wants_to_know(&self, told: Option<u16>) -> bool {
+        match told {
+            _ if !self.event_idx => self.parts.wants_calls(),
+            None => true,
+            // VIRTIO 1.3 2.7.7.2: the index has come past the event.
+            Some(told) => {
+                let past = self.shown_used.wrapping_sub(self.parts.call_event()).wrapping_sub(1);
+                past < self.shown_used.wrapping_sub(told)
+            }
+        }
     }
 
     /// Asks for kicks again; says whether requests came in meanwhile.
     pub(super) fn await_kicks(&mut self) -> bool {
-        !self.broken && self.queue.enable_notification(self.memory.0.as_ref()).unwrap_or_default()
+        match self.event_idx {
+            true => self.parts.set_kick_event(self.next_avail),
+            false => self.parts.set_kicks(true),
+        }
+        self.has_requests()
     }
 
-    /// Whether there is a request to pop.
-    pub(super) fn has_requests(&self) -> bool {
-        let available = self.queue.avail_idx(self.memory.0.as_ref(), Ordering::Acquire);
-        !self.broken && available.is_ok_and(|index| index.0 != self.queue.next_avail())
-    }
-
-    /// Spares the driver kicks while we look at the ring anyway.
+    /// Spares the driver kicks while we look at the ring anyway. With EVENT_IDX it is spared them as it is:
+    /// the event stays behind.
     pub(super) fn spare_kicks(&mut self) {
-        let _ = self.queue.disable_notification(self.memory.0.as_ref());
+        if !self.event_idx {
+            self.parts.set_kicks(false);
+        }
     }
 
     /// New memory; what is in flight keeps the old one.
-    pub(super) fn set_memory(&mut self, memory: Arc<GuestMemory>) {
-        self.memory = Arc::new(Guard(memory));
+    pub(super) fn set_memory(&mut self, memory: &Arc<GuestMemory>) {
+        match SplitRing::find(memory, &self.layout) {
+            Some(parts) => self.parts = parts,
+            None => self.stop_for_good("it is no longer in memory"),
+        }
+        self.chains = Chains::new(memory);
     }
 
     /// Another way to tell the driver. It is told at once, in case the old way lost something.
@@ -144,12 +194,12 @@ impl Ring {
 
     /// Number of descriptors: no more requests than that can rightly be in flight.
     pub(super) fn size(&self) -> usize {
-        self.queue.size().into()
+        self.parts.size().into()
     }
 
     /// Where the next request will be found.
     pub(super) fn next_avail(&self) -> u16 {
-        self.queue.next_avail()
+        self.next_avail
     }
 }
 

@@ -122,7 +122,7 @@ impl<S: Service> State<S> {
         match message {
             Message::Stop => return true,
             Message::SetMemory(memory, done) => {
-                self.ring.set_memory(memory);
+                self.ring.set_memory(&memory);
                 let _ = done.send(());
             }
             Message::SetCall(call, done) => {

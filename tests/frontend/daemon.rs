@@ -98,6 +98,11 @@ pub struct Diagnosis {
 
 impl Diagnosis {
     /// Everything the daemon wrote to its standard error.
+    /// Of another process than ours.
+    pub fn of(log: PathBuf, pid: i32) -> Self {
+        Self { log, pid }
+    }
+
     pub fn log(&self) -> String {
         fs::read(&self.log).map_or_else(|e| e.to_string(), |b| String::from_utf8_lossy(&b).into())
     }
@@ -153,6 +158,7 @@ pub struct DaemonBuilder {
     listen_fds: Option<u32>,
     user: Option<u32>,
     binary: PathBuf,
+    before: Vec<OsString>,
 }
 
 impl DaemonBuilder {
@@ -166,6 +172,7 @@ impl DaemonBuilder {
             listen_fds: None,
             user: None,
             binary: BINARY.into(),
+            before: Vec::new(),
         }
     }
 
@@ -207,6 +214,13 @@ impl DaemonBuilder {
         self.endpoint = Endpoint::Inherited;
         self.inherited.push((above_stdio(fd), 3));
         self.listen_fds = Some(1);
+        self
+    }
+
+    /// Runs under another program, such as valgrind, which gets these arguments before ours.
+    pub fn under(mut self, program: &str, arguments: &[&str]) -> Self {
+        self.binary = program.into();
+        self.before = arguments.iter().map(Into::into).chain([BINARY.into()]).collect();
         self
     }
 
@@ -263,7 +277,11 @@ impl DaemonBuilder {
     /// The command line and what the child inherits.
     fn command(&self) -> Command {
         let mut command = match self.listen_fds {
-            None => Command::new(&self.binary),
+            None => {
+                let mut command = Command::new(&self.binary);
+                command.args(&self.before);
+                command
+            }
             Some(count) => listening_command(count),
         };
         if let Endpoint::Path(path) = &self.endpoint {

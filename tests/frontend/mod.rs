@@ -13,6 +13,7 @@
 //! ScsiRequest / ScsiResponse     one command                                   (scsi, cdb)
 //! Lun                            commands a test wants in one line             (lun)
 //! Tmf, Notification, Event       control and event queue                       (control)
+//! Load                           transfers as fast as they go, stamped          (load)
 //! ```
 //!
 //! The message channel and the rings are written from the specifications and share no code with
@@ -42,6 +43,7 @@ pub mod cdb;
 pub mod connection;
 pub mod control;
 pub mod daemon;
+pub mod load;
 pub mod lun;
 pub mod memory;
 pub mod pattern;
@@ -54,6 +56,7 @@ pub use cdb::Cdb;
 pub use connection::{FrontEnd, FrontEndBuilder, MemoryMessage, Order};
 pub use control::{Event, Notification, Tmf};
 pub use daemon::{Daemon, Scratch};
+pub use load::{Driver, Load, Pattern};
 pub use lun::Lun;
 pub use memory::{GuestMemory, RegionSpec};
 pub use pattern::Rng;

@@ -549,7 +549,7 @@ impl Queue {
 }
 
 /// `vmm_sys_util`'s eventfd implements only `AsRawFd`.
-trait AsFdCompat {
+pub trait AsFdCompat {
     fn as_fd_compat(&self) -> std::os::fd::BorrowedFd<'_>;
 }
 

@@ -122,6 +122,13 @@ impl Ring {
         self.set_polling(self.polling);
     }
 
+    /// Somebody else has used the ring up to `index`, and nothing is outstanding.
+    pub fn go_on_at(&mut self, index: u16) {
+        assert_eq!(self.outstanding(), 0);
+        (self.next_avail, self.published, self.next_used) = (index, index, index);
+        self.set_polling(self.polling);
+    }
+
     pub fn addresses(&self) -> RingAddresses {
         self.at
     }

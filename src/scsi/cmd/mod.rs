@@ -22,7 +22,7 @@ mod verify;
 mod vpd;
 mod write_same;
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use super::attention::Nexus;
 use super::background::Tolerance;
@@ -107,8 +107,8 @@ pub struct Context<'a> {
     pub nexus: &'a Arc<Nexus>,
     /// The disk that is asked.
     pub lun: &'a Arc<Lun>,
-    /// The command itself.
-    pub request: Request,
+    /// The command itself; handlers take its buffers.
+    pub request: &'a mut Request,
 }
 
 /// Blocking work that ends with the number of bytes transferred. It looks at the cancel flag before
@@ -136,11 +136,11 @@ pub enum Reply {
 
 /// Data that takes blocking work to make, to be cut off at the allocation length like any other.
 fn data_job(
-    request: Request,
+    request: &mut Request,
     allocation: usize,
     make: impl FnOnce(&Cancel) -> Result<Vec<u8>, ScsiError> + Send + 'static,
 ) -> Result<Reply, ScsiError> {
-    let data_in = request.data_in;
+    let data_in = std::mem::take(&mut request.data_in);
     if allocation > data_in.len() {
         return Err(ScsiError::Overrun);
     }
@@ -247,6 +247,24 @@ impl Command {
 /// The commands that a disk has.
 pub fn offered(lun: &Lun) -> impl Iterator<Item = &'static Command> {
     TABLE.iter().filter(|c| c.needs.are_met_by(lun))
+}
+
+/// Finds the row for a CDB among the commands that a disk has.
+///
+/// # Errors
+/// As [`find`].
+pub fn find_on(lun: &Lun, cdb: &Cdb) -> Result<&'static Command, ScsiError> {
+    let rows = TABLE.get(first_row(cdb.opcode())..).unwrap_or_default();
+    find(rows.iter().filter(|c| c.needs.are_met_by(lun)), cdb)
+}
+
+/// Where in the table the rows of an operation code begin; its end where there are none.
+fn first_row(opcode: u8) -> usize {
+    static FIRST: LazyLock<Vec<usize>> = LazyLock::new(|| {
+        let first = |opcode| TABLE.iter().position(|command| command.opcode() == opcode);
+        (0..=u8::MAX).map(|opcode| first(opcode).unwrap_or(TABLE.len())).collect()
+    });
+    FIRST.get(usize::from(opcode)).copied().unwrap_or(0)
 }
 
 /// Finds the row for a CDB among the commands that are there.

@@ -138,7 +138,7 @@ pub(super) fn read(context: Context<'_>) -> Result<Reply, ScsiError> {
     if context.request.data_in.len() < range.bytes {
         return Err(ScsiError::Overrun);
     }
-    let into = exactly(context.request.data_in, range.bytes);
+    let into = exactly(std::mem::take(&mut context.request.data_in), range.bytes);
     let read = Operation::Read { offset: range.offset, into, medium: cdb.fua() };
     Ok(Reply::Transfer(read, range.bytes))
 }
@@ -153,7 +153,7 @@ pub(super) fn write(context: Context<'_>) -> Result<Reply, ScsiError> {
         return Err(ScsiError::Overrun);
     }
     let durability = context.lun.durability(cdb.fua());
-    let from = exactly(context.request.data_out, range.bytes);
+    let from = exactly(std::mem::take(&mut context.request.data_out), range.bytes);
     let zeroes = match context.lun.settings().detect_zeroes {
         DetectZeroes::Unmap if context.lun.is_thin() => Some(Fill::Deallocated),
         DetectZeroes::On | DetectZeroes::Unmap => Some(Fill::Anchored),

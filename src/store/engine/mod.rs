@@ -129,9 +129,9 @@ pub enum Finished<J> {
 
 /// Runs operations and jobs beside the queue thread that owns it.
 pub trait Engine<J> {
-    /// Begins an operation. If it is done at once its completion is there without a wake event: whoever
-    /// submits looks for completions before going to sleep.
-    fn submit(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation);
+    /// Begins an operation that cannot be done at once ([`Store::try_now`]) on a store. The engine may keep
+    /// the store under this number, which always names the same one.
+    fn submit(&mut self, token: Token, number: usize, store: &Arc<dyn Store>, operation: Operation);
 
     /// Hands over to the host what was submitted since the last time.
     fn flush(&mut self) {}

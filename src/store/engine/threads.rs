@@ -1,5 +1,4 @@
-//! The engine that works everywhere: what can be done at once is, by the queue thread itself; every other
-//! operation is a blocking call on the store's pool.
+//! The engine that works everywhere: every operation is a blocking call on the store's pool.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,8 +13,6 @@ use crate::store::{Cause, Store};
 pub struct ThreadEngine<J> {
     port: Arc<Port<J>>,
     running: HashMap<u32, Running>,
-    /// What was done at once.
-    done: Vec<Completion<J>>,
 }
 
 struct Running {
@@ -43,7 +40,7 @@ impl<J: Send + 'static> ThreadEngine<J> {
     /// An engine that writes to `wake` when a completion is there.
     pub fn new(wake: Arc<EventFd>) -> Self {
         let port = Port { finished: Mutex::default(), wake };
-        ThreadEngine { port: Arc::new(port), running: HashMap::new(), done: Vec::new() }
+        ThreadEngine { port: Arc::new(port), running: HashMap::new() }
     }
 
     fn run(
@@ -73,13 +70,8 @@ impl<J: Send + 'static> ThreadEngine<J> {
 }
 
 impl<J: Send + 'static> Engine<J> for ThreadEngine<J> {
-    fn submit(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation) {
-        match store.try_now(&operation) {
-            Some(result) => {
-                self.done.push(Completion { token, result: Finished::Operation(result) });
-            }
-            None => self.hand_over(token, store, operation),
-        }
+    fn submit(&mut self, token: Token, _: usize, store: &Arc<dyn Store>, operation: Operation) {
+        self.hand_over(token, store, operation);
     }
 
     fn spawn(&mut self, token: Token, store: &Arc<dyn Store>, job: Job<J>) {
@@ -95,7 +87,6 @@ impl<J: Send + 'static> Engine<J> for ThreadEngine<J> {
     }
 
     fn completions(&mut self, into: &mut Vec<Completion<J>>) {
-        into.append(&mut self.done);
         if self.running.is_empty() {
             return;
         }
@@ -135,7 +126,7 @@ mod tests {
             let from = Buffers::copy_of(&[i as u8; 512]).unwrap();
             let offset = u64::from(i) * 512;
             let write = Operation::Write { offset, from, durability: Durability::Cached };
-            engine.submit(Token(i), &store, write);
+            engine.submit(Token(i), 0, &store, write);
         }
         let mut seen: Vec<u32> = collect(&mut engine, &wake, 64)
             .into_iter()

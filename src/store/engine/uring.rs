@@ -1,6 +1,8 @@
 //! The engine over io_uring: transfers that would wait for the device go to a ring of the queue's own, many with
 //! one system call; everything else is done as [`super::threads`] does it.
 //!
+//! Nothing in it is shared with other queues: it holds each store by a reference of its own, and counts none.
+//!
 //! A transfer that the ring has not made whole is made again by the thread pool, which knows how to go on
 //! after part of it, and what an error is about.
 #![allow(unsafe_code)]
@@ -18,12 +20,16 @@ use crate::store::{Cause, Durability, Store, StoreError};
 
 /// Transfers in a ring at the same time; more go to the pool.
 const DEPTH: u32 = 128;
+/// Files that a ring keeps at hand; those of further disks are looked up for each transfer.
+const FILES: u32 = 64;
 
 /// A ring for transfers, threads for the rest.
 pub struct UringEngine<J> {
     ring: Ring,
     wake: Arc<EventFd>,
     threads: ThreadEngine<J>,
+    /// The stores of operations that were in the ring, by number.
+    stores: Vec<Option<Known>>,
     /// What the ring is at, by token.
     flights: Vec<Option<Flight>>,
     flying: usize,
@@ -37,9 +43,16 @@ enum Ring {
     Ready(Box<IoUring>),
 }
 
+/// A store, and what the kernel knows its file by.
+struct Known {
+    store: Arc<dyn Store>,
+    /// Whether its file stands in the ring's table, at the store's number.
+    registered: bool,
+}
+
 /// A transfer that the kernel is at. Its buffers stay where they are until it is over.
 struct Flight {
-    store: Arc<dyn Store>,
+    number: usize,
     operation: Operation,
 }
 
@@ -51,7 +64,15 @@ impl<J: Send + 'static> UringEngine<J> {
             EngineKind::Auto | EngineKind::Uring => Ring::Untried,
         };
         let threads = ThreadEngine::new(Arc::clone(&wake));
-        UringEngine { ring, wake, threads, flights: Vec::new(), flying: 0, done: Vec::new() }
+        UringEngine {
+            ring,
+            wake,
+            threads,
+            stores: Vec::new(),
+            flights: Vec::new(),
+            flying: 0,
+            done: Vec::new(),
+        }
     }
 
     /// The ring, if the kernel lets us have one.
@@ -71,27 +92,58 @@ impl<J: Send + 'static> UringEngine<J> {
         }
     }
 
-    /// Puts a transfer into the ring; gives it back if that cannot be.
-    fn launch(&mut self, token: u32, flight: Flight) -> Result<(), Flight> {
-        let full = self.flying >= DEPTH as usize;
-        let Some(file) = flight.store.ring_file(&flight.operation).filter(|_| !full) else {
-            return Err(flight);
-        };
-        let Some(entry) = entry(file, &flight.operation) else { return Err(flight) };
-        let entry = entry.user_data(token.into());
-        let slot = token as usize;
-        let Some(ring) = self.ring() else { return Err(flight) };
-        // SAFETY: the iovec and the memory it describes belong to the operation, which stays in
-        // `flights`, and so alive and unmoved on the heap, until the kernel says it is done with it.
-        let pushed = unsafe { ring.submission().push(&entry) };
-        if pushed.is_err() {
-            return Err(flight);
+    /// Notes a store, and has the kernel know its file, which saves it counting references.
+    fn know(&mut self, number: usize, store: &Arc<dyn Store>, file: RawFd) -> bool {
+        if let Some(Some(known)) = self.stores.get(number) {
+            return known.registered;
         }
+        let slot = u32::try_from(number).ok().filter(|slot| *slot < FILES);
+        let registered = match (self.ring(), slot) {
+            (Some(ring), Some(slot)) => {
+                ring.submitter().register_files_update(slot, &[file]).is_ok_and(|n| n == 1)
+            }
+            _ => false,
+        };
+        if self.stores.len() <= number {
+            self.stores.resize_with(number + 1, || None);
+        }
+        if let Some(place) = self.stores.get_mut(number) {
+            *place = Some(Known { store: Arc::clone(store), registered });
+        }
+        registered
+    }
+
+    /// Puts a transfer into the ring; gives it back if that cannot be.
+    fn launch(
+        &mut self,
+        token: u32,
+        number: usize,
+        store: &Arc<dyn Store>,
+        operation: Operation,
+    ) -> Result<(), Operation> {
+        let full = self.flying >= DEPTH as usize;
+        let Some(file) = store.ring_file(&operation).filter(|_| !full) else {
+            return Err(operation);
+        };
+        let (file, flags) = match (self.know(number, store, file), RawFd::try_from(number)) {
+            (true, Ok(place)) => (place, squeue::Flags::FIXED_FILE),
+            _ => (file, squeue::Flags::empty()),
+        };
+        let entry = entry(types::Fd(file), &operation).map(|entry| entry.flags(flags));
+        let (Some(entry), Some(ring)) = (entry, self.ring()) else { return Err(operation) };
+        // SAFETY: the iovec and the memory it describes belong to the operation, which stays in
+        // `flights`, and so alive and unmoved on the heap, until the kernel says it is done with it; the
+        // file belongs to the store, which stays in `stores`.
+        let pushed = unsafe { ring.submission().push(&entry.user_data(token.into())) };
+        if pushed.is_err() {
+            return Err(operation);
+        }
+        let slot = token as usize;
         if self.flights.len() <= slot {
             self.flights.resize_with(slot + 1, || None);
         }
         if let Some(place) = self.flights.get_mut(slot) {
-            *place = Some(flight);
+            *place = Some(Flight { number, operation });
         }
         self.flying += 1;
         Ok(())
@@ -100,18 +152,19 @@ impl<J: Send + 'static> UringEngine<J> {
     /// Takes the ring's completions; what is not wholly done is done again by a thread.
     fn land(&mut self) {
         let Ring::Ready(ring) = &mut self.ring else { return };
-        let landed: Vec<(u64, i32)> =
-            ring.completion().map(|entry| (entry.user_data(), entry.result())).collect();
-        for (token, result) in landed {
-            let slot = usize::try_from(token).unwrap_or(usize::MAX);
+        for entry in ring.completion() {
+            let slot = usize::try_from(entry.user_data()).unwrap_or(usize::MAX);
             let Some(flight) = self.flights.get_mut(slot).and_then(Option::take) else { continue };
             self.flying -= 1;
-            let token = Token(u32::try_from(token).unwrap_or(u32::MAX));
-            match outcome(&flight.operation, result) {
-                Some(result) => {
+            let token = Token(u32::try_from(slot).unwrap_or(u32::MAX));
+            match (outcome(&flight.operation, entry.result()), self.stores.get(flight.number)) {
+                (None, Some(Some(known))) => {
+                    self.threads.hand_over(token, &known.store, flight.operation);
+                }
+                (result, _) => {
+                    let result = result.unwrap_or(Err(Cause::Medium.into()));
                     self.done.push(Completion { token, result: Finished::Operation(result) });
                 }
-                None => self.threads.hand_over(token, &flight.store, flight.operation),
             }
         }
     }
@@ -135,14 +188,19 @@ pub fn is_there() -> bool {
 }
 
 fn make(wake: &EventFd) -> io::Result<IoUring> {
-    let ring = IoUring::new(DEPTH)?;
+    // One thread submits and reaps, and need not be interrupted for completions (Linux 6.0).
+    let modern = IoUring::builder().setup_single_issuer().setup_coop_taskrun().build(DEPTH);
+    let ring = modern.or_else(|_| IoUring::new(DEPTH))?;
     ring.submitter().register_eventfd(wake.as_raw_fd())?;
+    // Without the table every entry names its file; it is no longer than descriptors are allowed.
+    if let Err(error) = ring.submitter().register_files_sparse(FILES) {
+        log::debug!("io_uring: no table of files: {error}");
+    }
     Ok(ring)
 }
 
 /// The ring's form of an operation.
-fn entry(file: RawFd, operation: &Operation) -> Option<squeue::Entry> {
-    let file = types::Fd(file);
+fn entry(file: types::Fd, operation: &Operation) -> Option<squeue::Entry> {
     match operation {
         Operation::Read { offset, into, medium: false } => {
             let segments = into.iovecs();
@@ -164,14 +222,15 @@ fn entry(file: RawFd, operation: &Operation) -> Option<squeue::Entry> {
 }
 
 impl<J: Send + 'static> Engine<J> for UringEngine<J> {
-    fn submit(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation) {
-        if let Some(result) = store.try_now(&operation) {
-            self.done.push(Completion { token, result: Finished::Operation(result) });
-            return;
-        }
-        let flight = Flight { store: Arc::clone(store), operation };
-        if let Err(flight) = self.launch(token.0, flight) {
-            self.threads.hand_over(token, store, flight.operation);
+    fn submit(
+        &mut self,
+        token: Token,
+        number: usize,
+        store: &Arc<dyn Store>,
+        operation: Operation,
+    ) {
+        if let Err(operation) = self.launch(token.0, number, store, operation) {
+            self.threads.hand_over(token, store, operation);
         }
     }
 
@@ -235,7 +294,7 @@ mod tests {
     ) -> Vec<Result<(), StoreError>> {
         let count = operations.len();
         for (token, (store, operation)) in (0..).zip(operations) {
-            engine.submit(Token(token), &store, operation);
+            engine.submit(Token(token), 0, &store, operation);
         }
         engine.flush();
         let (mut landed, mut results) = (Vec::new(), vec![None; count]);

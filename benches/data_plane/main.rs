@@ -1,0 +1,170 @@
+//! The data plane beside its limit and its peers: random and sequential transfers through the socket, by a
+//! front end in process, against fio on the same file and vhost-device-scsi.
+//!
+//! `cargo bench --bench data_plane -- [--all] [--only TEXT] [--seconds N] [--json FILE] [--svg FILE]`
+//!
+//! Needs 1 GiB in /dev/shm and in the temporary directory. fio (Debian) and vhost-device-scsi
+//! (`cargo install vhost-device-scsi`) are measured if they are installed. Everything is measured in turns in one
+//! run; the table shows medians.
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
+
+mod chart;
+mod contestants;
+mod cost;
+#[path = "../../tests/frontend/mod.rs"]
+mod frontend;
+mod report;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use contestants::{Backend, Sample, fio};
+use frontend::*;
+use report::{Report, Row};
+
+const SIZE: u64 = 512 * MIB;
+const ROUNDS: usize = 5;
+
+/// Where the file is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Memory,
+    Cache,
+    Direct,
+}
+
+impl Place {
+    fn name(self) -> &'static str {
+        match self {
+            Place::Memory => "tmpfs",
+            Place::Cache => "page cache",
+            Place::Direct => "direct",
+        }
+    }
+
+    fn options(self) -> &'static str {
+        if self == Place::Direct { "cache=direct" } else { "" }
+    }
+}
+
+struct Options(Vec<String>);
+
+impl Options {
+    fn value(&self, name: &str) -> Option<&str> {
+        self.0.iter().skip_while(|a| *a != name).nth(1).map(String::as_str)
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.0.iter().any(|a| a == name)
+    }
+}
+
+fn main() {
+    let options = Options(std::env::args().collect());
+    let only = options.value("--only").unwrap_or_default();
+    let seconds = options.value("--seconds").map_or(1.0, |n| n.parse().expect("seconds"));
+    let time = Duration::from_secs_f64(seconds);
+    let scratch = Scratch::new();
+    let memory = PathBuf::from(format!("/dev/shm/thinlun-bench-{}.img", std::process::id()));
+    let disk = scratch.join("disk.img");
+    let mut report = Report::default();
+    for place in [Place::Memory, Place::Cache, Place::Direct] {
+        let file = if place == Place::Memory { &memory } else { &disk };
+        let loads: Vec<(Load, usize)> = loads(&options)
+            .into_iter()
+            .filter(|(load, queues)| title(place, load, *queues).contains(only))
+            .collect();
+        if loads.is_empty() {
+            continue;
+        }
+        fill(file);
+        let queues = loads.iter().map(|(_, queues)| *queues).max().unwrap_or(1);
+        let arguments: Vec<&str> =
+            options.value("--with").iter().flat_map(|a| a.split(' ')).collect();
+        let ours = Backend::thinlun(file, place.options(), &arguments, queues);
+        let peer =
+            (place != Place::Direct).then(|| Backend::vhost_device_scsi(file, &scratch)).flatten();
+        for (load, queues) in loads {
+            let row = measure(place, file, &ours, peer.as_ref(), &load, queues, time);
+            report.add(row);
+        }
+    }
+    if only.is_empty() || "cost".contains(only) {
+        fill(&memory);
+        report.costs = cost::measure(&memory);
+    }
+    let _ = std::fs::remove_file(&memory);
+    report.print_goals();
+    if let Some(path) = options.value("--json") {
+        std::fs::write(path, report.json()).unwrap();
+    }
+    if let Some(path) = options.value("--svg") {
+        std::fs::write(path, chart::svg(&report)).unwrap();
+    }
+}
+
+/// Loads, and on how many queues.
+fn loads(options: &Options) -> Vec<(Load, usize)> {
+    use Pattern::{Mixed, RandRead, RandWrite, SeqRead, SeqWrite};
+    let all = options.has("--all");
+    let small = |pattern, depth| Load::new(pattern, 4096, depth, SIZE);
+    let large = |pattern, depth| Load::new(pattern, 128 << 10, depth, SIZE);
+    let depths: &[usize] = if all { &[1, 8, 32, 128] } else { &[1, 32] };
+    let mut loads = Vec::new();
+    for pattern in [RandRead, RandWrite] {
+        loads.extend(depths.iter().map(|depth| (small(pattern, *depth), 1)));
+    }
+    for pattern in [SeqRead, SeqWrite] {
+        loads.push((large(pattern, 8), 1));
+    }
+    if all {
+        loads.extend(depths.iter().map(|depth| (small(Mixed, *depth), 1)));
+        loads.extend([(large(RandRead, 8), 1), (large(RandWrite, 8), 1)]);
+        for queues in 2..=4 {
+            for pattern in [RandRead, RandWrite] {
+                // More threads than cores: nobody can poll.
+                let load = Load { driver: Driver::Sleeps, ..small(pattern, 32) };
+                loads.push((load, queues));
+            }
+        }
+    }
+    loads
+}
+
+fn title(place: Place, load: &Load, queues: usize) -> String {
+    let size = load.block >> 10;
+    let many = if queues > 1 { format!(", {queues} queues") } else { String::new() };
+    format!("{}, {} {size}k, depth {}{many}", place.name(), load.pattern.name(), load.depth)
+}
+
+fn fill(file: &Path) {
+    let block = vec![0x5a; MIB as usize];
+    let out = std::fs::File::create(file).unwrap();
+    for n in 0..SIZE / MIB {
+        std::os::unix::fs::FileExt::write_all_at(&out, &block, n * MIB).unwrap();
+    }
+    out.sync_all().unwrap();
+}
+
+/// All contestants in turns.
+fn measure(
+    place: Place,
+    file: &Path,
+    ours: &Backend,
+    peer: Option<&Backend>,
+    load: &Load,
+    queues: usize,
+    time: Duration,
+) -> Row {
+    let direct = place == Place::Direct;
+    let mut samples: [Vec<Sample>; 4] = Default::default();
+    for _ in 0..ROUNDS {
+        samples[0].push(ours.sample(load, queues, time));
+        if queues == 1 {
+            samples[1].extend(peer.map(|peer| peer.sample(load, 1, time)));
+            samples[2].extend(fio("psync", file, direct, load, time));
+            samples[3].extend(fio("io_uring", file, direct, load, time));
+        }
+    }
+    Row::new(title(place, load, queues), samples)
+}

@@ -1,0 +1,177 @@
+//! The three parts of a split virtqueue (VIRTIO 1.3 2.7): found in guest memory once, and then read and
+//! written in place. Nothing that is read here is believed by anyone.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
+
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+
+use super::memory::GuestMemory;
+
+/// VIRTQ_AVAIL_F_NO_INTERRUPT.
+const NO_INTERRUPT: u16 = 1;
+/// VIRTQ_USED_F_NO_NOTIFY.
+const NO_NOTIFY: u16 = 1;
+
+/// `struct virtq_desc`.
+#[derive(Clone, Copy, Debug, FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct Descriptor {
+    pub address: U64,
+    pub len: U32,
+    flags: U16,
+    pub next: U16,
+}
+
+/// Bytes of a descriptor.
+pub(super) const DESCRIPTOR_SIZE: usize = size_of::<Descriptor>();
+
+impl Descriptor {
+    pub(super) fn has_next(&self) -> bool {
+        self.flags.get() & 1 != 0
+    }
+
+    pub(super) fn is_writable(&self) -> bool {
+        self.flags.get() & 2 != 0
+    }
+
+    pub(super) fn is_indirect(&self) -> bool {
+        self.flags.get() & 4 != 0
+    }
+}
+
+/// Where a ring lies, in guest addresses, and how long it is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    /// Number of descriptors: a power of two.
+    pub size: u16,
+    pub descriptors: GuestAddress,
+    pub available: GuestAddress,
+    pub used: GuestAddress,
+}
+
+/// A ring that was found.
+pub(super) struct SplitRing {
+    size: u16,
+    descriptors: *mut u8,
+    available: *mut u16,
+    used: *mut u16,
+    /// Keeps the pointers valid.
+    _memory: Arc<GuestMemory>,
+}
+
+// SAFETY: the pointers are to memory that `_memory` keeps mapped, whichever thread looks at it.
+unsafe impl Send for SplitRing {}
+
+impl SplitRing {
+    /// Finds a ring; `None` if a part of it is not in memory, lies across two regions, or is not aligned as
+    /// VIRTIO 1.3 2.7 demands.
+    pub(super) fn find(memory: &Arc<GuestMemory>, layout: &Layout) -> Option<Self> {
+        let size = usize::from(layout.size);
+        if !layout.size.is_power_of_two() || layout.available.0 == 0 {
+            return None;
+        }
+        let part = |address, len, align| {
+            let at = memory.get_slice(address, len).ok()?.ptr_guard_mut().as_ptr();
+            (at.addr() % align == 0).then_some(at)
+        };
+        Some(SplitRing {
+            size: layout.size,
+            descriptors: part(layout.descriptors, DESCRIPTOR_SIZE * size, 16)?,
+            available: part(layout.available, 6 + 2 * size, 2)?.cast(),
+            used: part(layout.used, 6 + 8 * size, 4)?.cast(),
+            _memory: Arc::clone(memory),
+        })
+    }
+
+    pub(super) fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The number at a place of one of the two rings, counted in 16 bits.
+    fn number(&self, ring: *mut u16, place: usize) -> &AtomicU16 {
+        // SAFETY: callers name places inside the parts that `find` has found: flags and index, `size`
+        // entries of one place (available) or four (used), and the event behind them. Aligned by `find`;
+        // everybody else who looks at these places is outside this process.
+        unsafe { AtomicU16::from_ptr(ring.add(place)) }
+    }
+
+    fn slot(&self, index: u16) -> usize {
+        usize::from(index & (self.size - 1))
+    }
+
+    /// The driver's index; entries before it can be read after this.
+    pub(super) fn available_index(&self) -> u16 {
+        u16::from_le(self.number(self.available, 1).load(Ordering::Acquire))
+    }
+
+    /// An entry of the available ring.
+    pub(super) fn available(&self, index: u16) -> u16 {
+        let entry = self.number(self.available, 2 + self.slot(index));
+        u16::from_le(entry.load(Ordering::Relaxed))
+    }
+
+    /// A descriptor; `None` if the table does not reach so far.
+    pub(super) fn descriptor(&self, index: u16) -> Option<Descriptor> {
+        if index >= self.size {
+            return None;
+        }
+        let mut bytes = [0; DESCRIPTOR_SIZE];
+        // SAFETY: the table has `size` descriptors.
+        unsafe {
+            let from = self.descriptors.add(DESCRIPTOR_SIZE * usize::from(index));
+            from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len());
+        }
+        Some(zerocopy::transmute!(bytes))
+    }
+
+    /// Writes an entry of the used ring, which the driver sees when the index is past it.
+    pub(super) fn put_used(&self, index: u16, head: u16, written: u32) {
+        let place = 2 + 4 * self.slot(index);
+        for (part, value) in [(0, u32::from(head)), (2, written)] {
+            // SAFETY: inside an entry, aligned to four bytes as the ring is; as in `number`.
+            let number = unsafe { AtomicU32::from_ptr(self.used.add(place + part).cast()) };
+            number.store(value.to_le(), Ordering::Relaxed);
+        }
+    }
+
+    /// Our own index, as it stands in memory.
+    pub(super) fn used_index(&self) -> u16 {
+        u16::from_le(self.number(self.used, 1).load(Ordering::Relaxed))
+    }
+
+    /// Shows the driver the entries before `index`.
+    pub(super) fn set_used_index(&self, index: u16) {
+        self.number(self.used, 1).store(index.to_le(), Ordering::Release);
+    }
+
+    /// Asks for a kick at this index (EVENT_IDX). The available index has to be looked at again after it.
+    pub(super) fn set_kick_event(&self, index: u16) {
+        let event = self.number(self.used, 2 + 4 * usize::from(self.size));
+        event.store(index.to_le(), Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Asks for kicks, or says that there need be none (without EVENT_IDX).
+    pub(super) fn set_kicks(&self, wanted: bool) {
+        let flags = if wanted { 0 } else { NO_NOTIFY };
+        self.number(self.used, 0).store(flags.to_le(), Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    /// The index at which the driver wants to be told (EVENT_IDX), asked after the used index was set.
+    pub(super) fn call_event(&self) -> u16 {
+        fence(Ordering::SeqCst);
+        let event = self.number(self.available, 2 + usize::from(self.size));
+        u16::from_le(event.load(Ordering::Relaxed))
+    }
+
+    /// Whether the driver wants to be told (without EVENT_IDX), asked after the used index was set.
+    pub(super) fn wants_calls(&self) -> bool {
+        fence(Ordering::SeqCst);
+        u16::from_le(self.number(self.available, 0).load(Ordering::Relaxed)) & NO_INTERRUPT == 0
+    }
+}
