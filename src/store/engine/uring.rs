@@ -20,8 +20,6 @@ use crate::store::{Cause, Durability, Store, StoreError};
 
 /// Transfers in a ring at the same time; more go to the pool.
 const DEPTH: u32 = 128;
-/// Files that a ring keeps at hand; those of further disks are looked up for each transfer.
-const FILES: u32 = 64;
 
 /// A ring for transfers, threads for the rest.
 pub struct UringEngine<J> {
@@ -29,7 +27,7 @@ pub struct UringEngine<J> {
     wake: Arc<EventFd>,
     threads: ThreadEngine<J>,
     /// The stores of operations that were in the ring, by number.
-    stores: Vec<Option<Known>>,
+    stores: Vec<Option<Arc<dyn Store>>>,
     /// What the ring is at, by token.
     flights: Vec<Option<Flight>>,
     flying: usize,
@@ -41,13 +39,6 @@ enum Ring {
     Untried,
     Refused,
     Ready(Box<IoUring>),
-}
-
-/// A store, and what the kernel knows its file by.
-struct Known {
-    store: Arc<dyn Store>,
-    /// Whether its file stands in the ring's table, at the store's number.
-    registered: bool,
 }
 
 /// A transfer that the kernel is at. Its buffers stay where they are until it is over.
@@ -92,25 +83,14 @@ impl<J: Send + 'static> UringEngine<J> {
         }
     }
 
-    /// Notes a store, and has the kernel know its file, which saves it counting references.
-    fn know(&mut self, number: usize, store: &Arc<dyn Store>, file: RawFd) -> bool {
-        if let Some(Some(known)) = self.stores.get(number) {
-            return known.registered;
-        }
-        let slot = u32::try_from(number).ok().filter(|slot| *slot < FILES);
-        let registered = match (self.ring(), slot) {
-            (Some(ring), Some(slot)) => {
-                ring.submitter().register_files_update(slot, &[file]).is_ok_and(|n| n == 1)
-            }
-            _ => false,
-        };
+    /// Keeps a store, so that its file stays open while the kernel is at it.
+    fn keep(&mut self, number: usize, store: &Arc<dyn Store>) {
         if self.stores.len() <= number {
             self.stores.resize_with(number + 1, || None);
         }
-        if let Some(place) = self.stores.get_mut(number) {
-            *place = Some(Known { store: Arc::clone(store), registered });
+        if let Some(place @ None) = self.stores.get_mut(number) {
+            *place = Some(Arc::clone(store));
         }
-        registered
     }
 
     /// Puts a transfer into the ring; gives it back if that cannot be.
@@ -125,12 +105,10 @@ impl<J: Send + 'static> UringEngine<J> {
         let Some(file) = store.ring_file(&operation).filter(|_| !full) else {
             return Err(operation);
         };
-        let (file, flags) = match (self.know(number, store, file), RawFd::try_from(number)) {
-            (true, Ok(place)) => (place, squeue::Flags::FIXED_FILE),
-            _ => (file, squeue::Flags::empty()),
+        self.keep(number, store);
+        let (Some(entry), Some(ring)) = (entry(file, &operation), self.ring()) else {
+            return Err(operation);
         };
-        let entry = entry(types::Fd(file), &operation).map(|entry| entry.flags(flags));
-        let (Some(entry), Some(ring)) = (entry, self.ring()) else { return Err(operation) };
         // SAFETY: the iovec and the memory it describes belong to the operation, which stays in
         // `flights`, and so alive and unmoved on the heap, until the kernel says it is done with it; the
         // file belongs to the store, which stays in `stores`.
@@ -158,8 +136,8 @@ impl<J: Send + 'static> UringEngine<J> {
             self.flying -= 1;
             let token = Token(u32::try_from(slot).unwrap_or(u32::MAX));
             match (outcome(&flight.operation, entry.result()), self.stores.get(flight.number)) {
-                (None, Some(Some(known))) => {
-                    self.threads.hand_over(token, &known.store, flight.operation);
+                (None, Some(Some(store))) => {
+                    self.threads.hand_over(token, store, flight.operation);
                 }
                 (result, _) => {
                     let result = result.unwrap_or(Err(Cause::Medium.into()));
@@ -192,15 +170,14 @@ fn make(wake: &EventFd) -> io::Result<IoUring> {
     let modern = IoUring::builder().setup_single_issuer().setup_coop_taskrun().build(DEPTH);
     let ring = modern.or_else(|_| IoUring::new(DEPTH))?;
     ring.submitter().register_eventfd(wake.as_raw_fd())?;
-    // Without the table every entry names its file; it is no longer than descriptors are allowed.
-    if let Err(error) = ring.submitter().register_files_sparse(FILES) {
-        log::debug!("io_uring: no table of files: {error}");
-    }
+    // No file is registered: when this process is killed, a registered one stays open, and its image
+    // locked, for as long as the kernel takes to clear the ring away.
     Ok(ring)
 }
 
 /// The ring's form of an operation.
-fn entry(file: types::Fd, operation: &Operation) -> Option<squeue::Entry> {
+fn entry(file: RawFd, operation: &Operation) -> Option<squeue::Entry> {
+    let file = types::Fd(file);
     match operation {
         Operation::Read { offset, into, medium: false } => {
             let segments = into.iovecs();
