@@ -34,6 +34,12 @@ pub struct Cli {
     #[arg(long, value_enum, default_value_t = IoEngine::Auto)]
     pub io_engine: IoEngine,
 
+    /// Microseconds for which a queue may look for requests and completions before it sleeps, while that
+    /// finds any; it costs a core for the fastest answers.
+    #[arg(long, value_name = "US", default_value_t = 0,
+          value_parser = clap::value_parser!(u32).range(0..=MAX_POLL))]
+    pub poll_us: u32,
+
     /// Print what this program can do, as JSON for management software, and exit.
     #[arg(long)]
     pub print_capabilities: bool,
@@ -46,6 +52,9 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Option<Command>,
 }
+
+/// Longest `--poll-us`: a queue that looks for requests is slower to hear of anything else.
+const MAX_POLL: i64 = 1000;
 
 /// `--io-engine`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -61,6 +62,7 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
         request_queues: cli.num_queues.into(),
         config_space: cli.config_space,
         engine: cli.io_engine.into(),
+        poll: Duration::from_micros(cli.poll_us.into()),
     };
     let device = Arc::new(Device::new(Arc::new(Target::new(units)), offer));
     serve(&device, socket, &signals).map_err(|e| StartError::host(e.to_string()))

@@ -110,12 +110,6 @@ impl Target {
         if *field == REPORT_LUNS_WLUN {
             return Addressed::WellKnown(0);
         }
-        if kind != 1 || !self.has_target(target) {
-            return Addressed::AbsentTarget;
-        }
-        if [high, low] == [0xc1, 0x01] {
-            return Addressed::WellKnown(target);
-        }
         // Peripheral device (00b, bus 0) and flat space (01b) addressing; Linux sends the latter
         // even for LUN 0.
         let number = match high >> 6 {
@@ -124,8 +118,10 @@ impl Target {
             1 => LunNumber::new(u16::from_be_bytes([high & 0x3f, low])),
             _ => None,
         };
-        match number.and_then(|n| self.disk(target, n)) {
+        match number.filter(|_| kind == 1).and_then(|n| self.disk(target, n)) {
             Some(disk) => Addressed::Disk(disk),
+            None if kind != 1 || !self.has_target(target) => Addressed::AbsentTarget,
+            None if [high, low] == [0xc1, 0x01] => Addressed::WellKnown(target),
             None => Addressed::AbsentLun(target, number),
         }
     }

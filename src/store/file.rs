@@ -6,12 +6,12 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, PosixFadviseAdvice, copy_file_range, openat, posix_fadvise};
 use nix::sys::stat::Mode;
 
+use super::at_once::AtOnce;
 use super::copy::{Holes, Method};
 use super::extents::{self, Knowledge};
 use super::lock::{LockError, lock_image};
@@ -63,56 +63,6 @@ pub struct FileStore {
 impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Pool")
-    }
-}
-
-/// Which transfers can be made without waiting, as far as is known.
-#[derive(Debug, Default)]
-struct AtOnce {
-    /// Everything is in memory.
-    in_memory: bool,
-    reads: AtomicBool,
-    writes: AtomicBool,
-}
-
-impl AtOnce {
-    /// O_DIRECT always waits for the device; for the rest, the first answer tells.
-    fn of(file: &File, direct: bool) -> Self {
-        AtOnce {
-            in_memory: !direct && sys::is_in_memory(file),
-            reads: AtomicBool::new(!direct),
-            writes: AtomicBool::new(!direct),
-        }
-    }
-
-    fn read(&self, file: &File, offset: u64, into: &Buffers) -> Option<usize> {
-        if self.in_memory {
-            return sys::read(file, offset, into, 0).ok();
-        }
-        Self::attempt(&self.reads, || sys::read_now(file, offset, into))
-    }
-
-    fn write(&self, file: &File, offset: u64, from: &Buffers) -> Option<usize> {
-        if self.in_memory {
-            return sys::write(file, offset, from, 0, false).ok();
-        }
-        Self::attempt(&self.writes, || sys::write_now(file, offset, from))
-    }
-
-    /// What is not there is not tried again; what failed otherwise is done another way.
-    fn attempt(there: &AtomicBool, transfer: impl Fn() -> io::Result<usize>) -> Option<usize> {
-        if !there.load(Ordering::Relaxed) {
-            return None;
-        }
-        match transfer() {
-            Ok(bytes) => Some(bytes),
-            Err(error) => {
-                if error.raw_os_error() == Some(libc::EOPNOTSUPP) {
-                    there.store(false, Ordering::Relaxed);
-                }
-                None
-            }
-        }
     }
 }
 
@@ -324,7 +274,7 @@ impl FileStore {
             memory_align: 1,
             knowledge: self.knowledge,
             backing: None,
-            at_once: AtOnce::default(),
+            at_once: AtOnce::never(),
             deallocate: Ladder::new(DEALLOCATE),
             reserve: Ladder::new(RESERVE),
             notes: Notes::in_memory(),
@@ -458,7 +408,8 @@ impl Store for FileStore {
             Operation::Write { offset, from, durability: Durability::Cached }
                 if from.len() <= MAX_AT_ONCE =>
             {
-                (self.at_once.write(&self.file, *offset, from)?, from.len())
+                let quiet = !self.pool.is_busy();
+                (self.at_once.write(&self.file, *offset, from, quiet)?, from.len())
             }
             _ => return None,
         };

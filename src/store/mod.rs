@@ -4,6 +4,7 @@
 //! call them directly but hand an [`Operation`] and a [`Token`] to an [`engine::Engine`], which
 //! completes operations in any order.
 
+mod at_once;
 pub mod budget;
 pub mod buffers;
 pub mod copy;

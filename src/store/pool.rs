@@ -1,6 +1,7 @@
 //! Threads for work that blocks, started when there is work and gone when there is none.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -23,6 +24,8 @@ pub struct Pool {
 struct Shared {
     name: String,
     max_threads: usize,
+    /// Work that was handed over and has not ended.
+    unfinished: AtomicUsize,
     state: Mutex<State>,
     more: Condvar,
 }
@@ -42,12 +45,25 @@ impl Shared {
     }
 }
 
+impl Shared {
+    fn carry_out(&self, work: Work) {
+        work();
+        self.unfinished.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 impl Pool {
+    /// Whether there is work that has not ended.
+    pub fn is_busy(&self) -> bool {
+        self.shared.unfinished.load(Ordering::Acquire) > 0
+    }
+
     /// A pool of at most `max_threads` threads (at least one), none of them started yet.
     pub fn new(name: &str, max_threads: usize) -> Self {
         let shared = Shared {
             name: name.to_owned(),
             max_threads: max_threads.max(1),
+            unfinished: AtomicUsize::new(0),
             state: Mutex::default(),
             more: Condvar::new(),
         };
@@ -57,6 +73,7 @@ impl Pool {
     /// Runs `work` on one of the threads, soon. If the host refuses even the first thread, the work
     /// runs here and now: late is better than never.
     pub fn run(&self, work: Work) -> WorkId {
+        self.shared.unfinished.fetch_add(1, Ordering::AcqRel);
         let mut state = self.shared.state();
         let id = state.next;
         state.next += 1;
@@ -78,6 +95,7 @@ impl Pool {
     pub fn withdraw(&self, id: WorkId) -> Option<Work> {
         let mut state = self.shared.state();
         let index = state.waiting.iter().position(|(waiting, _)| *waiting == id.0)?;
+        self.shared.unfinished.fetch_sub(1, Ordering::AcqRel);
         state.waiting.remove(index).map(|(_, work)| work)
     }
 
@@ -92,7 +110,7 @@ impl Pool {
             let orphan = if state.threads == 0 { state.waiting.pop_front() } else { None };
             drop(state);
             if let Some((_, work)) = orphan {
-                work();
+                self.shared.carry_out(work);
             }
         }
     }
@@ -104,7 +122,7 @@ fn serve(shared: &Shared) {
     loop {
         while let Some((_, work)) = state.waiting.pop_front() {
             drop(state);
-            work();
+            shared.carry_out(work);
             state = shared.state();
         }
         state.idle += 1;
@@ -152,6 +170,10 @@ mod tests {
         assert!(pool.withdraw(first).is_none());
         assert!(pool.withdraw(second).is_some());
         assert!(pool.withdraw(second).is_none());
+        assert!(pool.is_busy());
         release.send(()).unwrap();
+        while pool.is_busy() {
+            thread::yield_now();
+        }
     }
 }

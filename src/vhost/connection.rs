@@ -29,7 +29,7 @@ use super::split_ring::Layout;
 use super::tmf::ControlQueue;
 use super::wire::Config;
 use super::worker::Worker;
-use super::{Device, FIXED_QUEUES, refused};
+use super::{Device, FIXED_QUEUES, Offer, refused};
 use crate::scsi::{Nexus, address, lun};
 
 const CONTROL_QUEUE: usize = 0;
@@ -145,15 +145,16 @@ impl Connection {
         let worker = match index {
             CONTROL_QUEUE => {
                 let peers = Arc::clone(&self.peers);
-                Worker::start(name, new, kick, |_| ControlQueue::new(target, nexus, peers, index))
+                let make = |_| ControlQueue::new(target, nexus, peers, index);
+                Worker::start(name, new, kick, None, make)
             }
             EVENT_QUEUE => {
                 let changes = self.features & feature::CHANGE != 0;
-                Worker::start(name, new, kick, |_| EventQueue::new(changes))
+                Worker::start(name, new, kick, None, |_| EventQueue::new(changes))
             }
             _ => {
-                let engine = self.device.offer.engine;
-                Worker::start(name, new, kick, |wake| {
+                let Offer { engine, poll, .. } = self.device.offer;
+                Worker::start(name, new, kick, Some(poll), |wake| {
                     RequestQueue::new(target, nexus, engine, wake)
                 })
             }

@@ -110,8 +110,13 @@ impl Chains {
             return Err("indirect table of a wrong length");
         }
         self.table.resize(len, 0);
-        let at = GuestAddress(descriptor.address.get());
-        let read = self.memory.read_slice(&mut self.table, at);
+        let address = descriptor.address.get();
+        if let Some(host) = self.host(address, len as u64) {
+            // SAFETY: `host` has found as many bytes as the table is long, and the table is our own.
+            unsafe { host.copy_to_nonoverlapping(self.table.as_mut_ptr(), len) };
+            return Ok(());
+        }
+        let read = self.memory.read_slice(&mut self.table, GuestAddress(address));
         read.map_err(|_| "indirect table outside guest memory")
     }
 
@@ -123,15 +128,9 @@ impl Chains {
 
     /// Adds the pieces of a guest-physical range; `None` if part of it is not memory.
     fn append(&mut self, address: u64, len: u32, list: &mut Buffers) -> Option<()> {
-        let end = address.checked_add(u64::from(len))?;
-        if address < self.near.start || end > self.near.end {
-            self.find(address);
-        }
-        if address >= self.near.start && end <= self.near.end {
-            let offset = usize::try_from(address - self.near.start).ok()?;
-            // SAFETY: inside the region, which the list's owner keeps mapped; Rust references to guest
-            // memory do not exist.
-            unsafe { list.push(self.near.host.add(offset), len as usize) };
+        if let Some(host) = self.host(address, len.into()) {
+            // SAFETY: the list's owner keeps it mapped; Rust references to guest memory do not exist.
+            unsafe { list.push(host, len as usize) };
             return Some(());
         }
         for slice in self.memory.get_slices(GuestAddress(address), len as usize) {
@@ -140,6 +139,18 @@ impl Chains {
             unsafe { list.push(slice.ptr_guard_mut().as_ptr(), slice.len()) };
         }
         Some(())
+    }
+
+    /// Where a range lies on the host, if one region holds all of it.
+    fn host(&mut self, address: u64, len: u64) -> Option<*mut u8> {
+        let end = address.checked_add(len)?;
+        if address < self.near.start || end > self.near.end {
+            self.find(address);
+        }
+        let inside = address >= self.near.start && end <= self.near.end;
+        let offset = usize::try_from(address.checked_sub(self.near.start)?).ok()?;
+        // SAFETY: inside the region, whose mapping is one object.
+        inside.then(|| unsafe { self.near.host.add(offset) })
     }
 
     fn find(&mut self, address: u64) {

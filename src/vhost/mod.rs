@@ -22,6 +22,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use vhost::vhost_user::{BackendReqHandler, Error};
 
@@ -42,6 +43,8 @@ pub struct Offer {
     pub config_space: bool,
     /// What makes the transfers.
     pub engine: EngineKind,
+    /// For how long a queue may look for requests before it sleeps.
+    pub poll: Duration,
 }
 
 /// The device that front ends connect to, one after another.

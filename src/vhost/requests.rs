@@ -1,5 +1,6 @@
 //! The request queues: commands in, responses out, in any order that task attributes allow.
 
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use nix::sys::eventfd::EventFd;
@@ -305,8 +306,19 @@ impl Service for RequestQueue {
             };
             self.receive(ring, chain);
         }
-        self.flights.engine.flush();
         more
+    }
+
+    fn hand_over(&mut self) {
+        self.flights.engine.flush();
+    }
+
+    fn has_progress(&mut self) -> bool {
+        self.flights.engine.has_completions()
+    }
+
+    fn sleep(&mut self, events: [Option<RawFd>; 2]) -> Option<[bool; 2]> {
+        self.flights.engine.sleep(events)
     }
 
     fn progress(&mut self, ring: &mut Ring) {

@@ -3,10 +3,11 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -19,6 +20,20 @@ use super::ring::Ring;
 pub(super) trait Service {
     /// There may be new requests: takes some. Returns whether it left some although it could go on.
     fn requests(&mut self, ring: &mut Ring) -> bool;
+
+    /// Sends on what was taken, because the thread does not sleep now.
+    fn hand_over(&mut self) {}
+
+    /// Whether there is something to finish.
+    fn has_progress(&mut self) -> bool {
+        false
+    }
+
+    /// Sends on what was taken, and sleeps in a place of its own until there is something to finish or one
+    /// of the events is readable; says which. `None`, at once, if it has no such place.
+    fn sleep(&mut self, _events: [Option<RawFd>; 2]) -> Option<[bool; 2]> {
+        None
+    }
 
     /// Finishes what has completed.
     fn progress(&mut self, ring: &mut Ring);
@@ -41,7 +56,8 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Starts a thread for `ring`. `make` gets an event to write to when a completion is there.
+    /// Starts a thread for `ring`. `make` gets an event to write to when a completion is there. `poll` says for how
+    /// long it may look for requests before it sleeps.
     ///
     /// # Errors
     /// If the host has no thread or file descriptor left.
@@ -49,6 +65,7 @@ impl Worker {
         name: String,
         ring: Ring,
         kick: File,
+        poll: Option<Duration>,
         make: impl FnOnce(Arc<EventFd>) -> S,
     ) -> io::Result<Self> {
         let (sender, inbox) = mpsc::channel();
@@ -56,7 +73,8 @@ impl Worker {
         let wake = Arc::new(EventFd::from_flags(flags)?);
         let mailbox = Mailbox::new(sender, Arc::clone(&wake));
         let service = make(Arc::clone(&wake));
-        let state = State { ring, service, kick: Some(kick), wake, inbox };
+        let spin = poll.map(Spin::new);
+        let state = State { ring, service, kick: Some(kick), wake, inbox, spin };
         let thread = thread::Builder::new().name(name).spawn(move || state.run())?;
         Ok(Worker { mailbox, thread })
     }
@@ -91,6 +109,7 @@ struct State<S> {
     kick: Option<File>,
     wake: Arc<EventFd>,
     inbox: Receiver<Message>,
+    spin: Option<Spin>,
 }
 
 impl<S: Service> State<S> {
@@ -111,8 +130,10 @@ impl<S: Service> State<S> {
                 return self.ring.next_avail();
             }
             let look = !stopping && self.service.wants_requests(&self.ring);
-            if !(more || look && self.ring.await_kicks()) {
-                self.wait();
+            if more || look && (self.spin() || self.ring.await_kicks()) {
+                self.service.hand_over();
+            } else {
+                self.rest();
             }
         }
     }
@@ -134,8 +155,42 @@ impl<S: Service> State<S> {
         false
     }
 
+    /// Looks for something to do for a while, if that was worth it lately; says whether there is.
+    fn spin(&mut self) -> bool {
+        let Some(time) = self.spin.as_ref().and_then(Spin::time) else { return false };
+        let idle = self.service.in_flight() == 0;
+        if !idle && time <= SPIN {
+            // What it waits for takes longer.
+            return false;
+        }
+        let start = Instant::now();
+        let mut found = false;
+        while !found && start.elapsed() < time {
+            std::hint::spin_loop();
+            found = self.ring.has_requests() || !idle && self.service.has_progress();
+        }
+        if let Some(spin) = &mut self.spin {
+            spin.learn(found);
+        }
+        found
+    }
+
+    /// Sleeps, and learns from it whether it would have been better not to.
+    fn rest(&mut self) {
+        let start = self.spin.as_ref().map(|_| Instant::now());
+        self.wait();
+        if let (Some(spin), Some(start)) = (&mut self.spin, start) {
+            spin.slept(start.elapsed());
+        }
+    }
+
     /// Sleeps until there is a kick, a message or a completion.
     fn wait(&mut self) {
+        let kick = self.kick.as_ref().map(AsRawFd::as_raw_fd);
+        if self.service.sleep([Some(self.wake.as_raw_fd()), kick]).is_some() {
+            // Nobody waits for these events to be readable, so that they need not be read.
+            return;
+        }
         let mut fds = vec![PollFd::new(self.wake.as_ref().as_fd(), PollFlags::POLLIN)];
         fds.extend(self.kick.as_ref().map(|k| PollFd::new(k.as_fd(), PollFlags::POLLIN)));
         match poll(&mut fds, PollTimeout::NONE) {
@@ -161,3 +216,40 @@ impl<S: Service> State<S> {
         }
     }
 }
+
+/// How long a queue looks for requests before it sleeps, if nothing else was asked for: less than going to
+/// sleep and being woken takes.
+const SPIN: Duration = Duration::from_micros(3);
+
+/// What a sleep and its end cost: a shorter one should not have been.
+const WAKING: Duration = Duration::from_micros(20);
+
+/// For how long to look before sleeping: as long as allowed while that pays, not at all while it does not.
+struct Spin {
+    most: Duration,
+    /// Looks in a row that found nothing.
+    misses: u32,
+}
+
+impl Spin {
+    fn new(asked: Duration) -> Self {
+        Spin { most: asked.max(SPIN), misses: MISSES }
+    }
+
+    fn time(&self) -> Option<Duration> {
+        (self.misses < MISSES).then_some(self.most)
+    }
+
+    fn learn(&mut self, found: bool) {
+        self.misses = if found { 0 } else { self.misses + 1 };
+    }
+
+    fn slept(&mut self, time: Duration) {
+        if time < self.most + WAKING {
+            self.misses = self.misses.saturating_sub(1);
+        }
+    }
+}
+
+/// Looks that may find nothing before no more are made.
+const MISSES: u32 = 4;

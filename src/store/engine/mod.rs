@@ -4,6 +4,7 @@
 pub mod threads;
 pub mod uring;
 
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -135,6 +136,18 @@ pub trait Engine<J> {
 
     /// Hands over to the host what was submitted since the last time.
     fn flush(&mut self) {}
+
+    /// Does that, and sleeps until a completion is there or one of the events can be read; says which of
+    /// them can. `None`, at once, if the engine has nothing to sleep in.
+    fn sleep(&mut self, _events: [Option<RawFd>; 2]) -> Option<[bool; 2]> {
+        None
+    }
+
+    /// Whether operations have completed that [`Engine::completions`] will tell of, as far as can be seen
+    /// without waiting for a wake event.
+    fn has_completions(&mut self) -> bool {
+        false
+    }
 
     /// Begins a job on the store's pool.
     fn spawn(&mut self, token: Token, store: &Arc<dyn Store>, job: Job<J>);

@@ -8,10 +8,10 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::sys::eventfd::EventFd;
 
 use super::threads::ThreadEngine;
@@ -20,19 +20,36 @@ use crate::store::{Cause, Durability, Store, StoreError};
 
 /// Transfers in a ring at the same time; more go to the pool.
 const DEPTH: u32 = 128;
+/// POLLIN, as the ring wants it.
+const READABLE: u32 = libc::POLLIN as u32;
+/// IORING_ENTER_GETEVENTS.
+const ENTER_GETEVENTS: u32 = 1;
 
 /// A ring for transfers, threads for the rest.
-pub struct UringEngine<J> {
+pub struct UringEngine<J: Send + 'static> {
     ring: Ring,
-    wake: Arc<EventFd>,
     threads: ThreadEngine<J>,
     /// The stores of operations that were in the ring, by number.
     stores: Vec<Option<Arc<dyn Store>>>,
     /// What the ring is at, by token.
     flights: Vec<Option<Flight>>,
     flying: usize,
+    /// The events that the ring looks at, and whether they were seen to be readable.
+    events: [Event; 2],
     done: Vec<Completion<J>>,
 }
+
+/// An event that is waited for in the ring.
+#[derive(Clone, Copy, Default)]
+struct Event {
+    watched: bool,
+    readable: bool,
+    /// It will never be readable again: it is no event, or closed at its other end.
+    dead: bool,
+}
+
+/// What an event's completions are known by; transfers have the numbers below.
+const EVENTS: u64 = 1 << 32;
 
 /// Made when it is first needed: a queue that never waits for a device has none.
 enum Ring {
@@ -54,14 +71,14 @@ impl<J: Send + 'static> UringEngine<J> {
             EngineKind::Threads => Ring::Refused,
             EngineKind::Auto | EngineKind::Uring => Ring::Untried,
         };
-        let threads = ThreadEngine::new(Arc::clone(&wake));
+        let threads = ThreadEngine::new(wake);
         UringEngine {
             ring,
-            wake,
             threads,
             stores: Vec::new(),
             flights: Vec::new(),
             flying: 0,
+            events: [Event::default(); 2],
             done: Vec::new(),
         }
     }
@@ -69,7 +86,7 @@ impl<J: Send + 'static> UringEngine<J> {
     /// The ring, if the kernel lets us have one.
     fn ring(&mut self) -> Option<&mut IoUring> {
         if let Ring::Untried = self.ring {
-            self.ring = match make(&self.wake) {
+            self.ring = match make() {
                 Ok(ring) => Ring::Ready(Box::new(ring)),
                 Err(error) => {
                     log::info!("no io_uring here ({error}): transfers are made by threads");
@@ -127,10 +144,51 @@ impl<J: Send + 'static> UringEngine<J> {
         Ok(())
     }
 
+    /// Hands over what was submitted, has the kernel finish what has ended, and waits for so many
+    /// completions.
+    fn enter(&mut self, wanted: u32) {
+        let Ring::Ready(ring) = &mut self.ring else { return };
+        let queued = u32::try_from(ring.submission().len()).unwrap_or(DEPTH);
+        // SAFETY: no signal mask is given, and what is submitted stays as `launch` and `watch` say.
+        let entered = unsafe {
+            ring.submitter().enter::<libc::sigset_t>(queued, wanted, ENTER_GETEVENTS, None)
+        };
+        if let Err(error) = entered
+            && error.kind() != io::ErrorKind::Interrupted
+        {
+            // What the kernel has not taken stays queued and is handed over with the next.
+            log::debug!("io_uring: {error}");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Has the ring look at an event.
+    fn watch(&mut self, n: usize, file: Option<RawFd>) {
+        let Some(event) = self.events.get_mut(n) else { return };
+        let (Some(fd), Ring::Ready(ring)) = (file, &mut self.ring) else { return };
+        if event.watched || event.dead {
+            return;
+        }
+        let poll = opcode::PollAdd::new(types::Fd(fd), READABLE).multi(true).build();
+        // SAFETY: no memory is involved; the ring is gone before whoever owns the event is.
+        let pushed = unsafe { ring.submission().push(&poll.user_data(EVENTS + n as u64)) };
+        event.watched = pushed.is_ok();
+    }
+
     /// Takes the ring's completions; what is not wholly done is done again by a thread.
     fn land(&mut self) {
         let Ring::Ready(ring) = &mut self.ring else { return };
         for entry in ring.completion() {
+            if let Some(which) = entry.user_data().checked_sub(EVENTS) {
+                let event = usize::try_from(which).ok().and_then(|n| self.events.get_mut(n));
+                if let Some(event) = event {
+                    event.readable = true;
+                    // The kernel goes on looking until it says that it does not.
+                    event.watched = cqueue::more(entry.flags());
+                    event.dead |= entry.result() != libc::POLLIN.into();
+                }
+                continue;
+            }
             let slot = usize::try_from(entry.user_data()).unwrap_or(usize::MAX);
             let Some(flight) = self.flights.get_mut(slot).and_then(Option::take) else { continue };
             self.flying -= 1;
@@ -162,14 +220,14 @@ fn outcome(operation: &Operation, result: i32) -> Option<Result<(), StoreError>>
 
 /// Whether the kernel lets us have a ring.
 pub fn is_there() -> bool {
-    EventFd::new().is_ok_and(|wake| make(&wake).is_ok())
+    make().is_ok()
 }
 
-fn make(wake: &EventFd) -> io::Result<IoUring> {
-    // One thread submits and reaps, and need not be interrupted for completions (Linux 6.0).
-    let modern = IoUring::builder().setup_single_issuer().setup_coop_taskrun().build(DEPTH);
+fn make() -> io::Result<IoUring> {
+    // One thread submits and reaps, and is not interrupted for completions: they wait until it looks
+    // (Linux 6.1). Before that, it is interrupted.
+    let modern = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(DEPTH);
     let ring = modern.or_else(|_| IoUring::new(DEPTH))?;
-    ring.submitter().register_eventfd(wake.as_raw_fd())?;
     // No file is registered: when this process is killed, a registered one stays open, and its image
     // locked, for as long as the kernel takes to clear the ring away.
     Ok(ring)
@@ -223,42 +281,51 @@ impl<J: Send + 'static> Engine<J> for UringEngine<J> {
     }
 
     fn flush(&mut self) {
-        if let Ring::Ready(ring) = &mut self.ring {
-            // What the kernel has not taken stays queued and is handed over with the next.
-            let waiting = !ring.submission().is_empty();
-            if waiting && let Err(error) = ring.submit() {
-                log::debug!("io_uring: {error}");
-                // The next look for completions tries again.
-                let _ = self.wake.write(1);
-            }
+        if self.flying > 0 {
+            self.enter(0);
+        }
+    }
+
+    fn sleep(&mut self, events: [Option<RawFd>; 2]) -> Option<[bool; 2]> {
+        let Ring::Ready(_) = &self.ring else { return None };
+        for (n, event) in events.into_iter().enumerate() {
+            self.watch(n, event);
+        }
+        self.enter(1);
+        self.land();
+        Some(self.events.each_mut().map(|event| std::mem::take(&mut event.readable)))
+    }
+
+    fn has_completions(&mut self) -> bool {
+        self.flush();
+        match &mut self.ring {
+            Ring::Ready(ring) => !ring.completion().is_empty(),
+            Ring::Untried | Ring::Refused => false,
         }
     }
 
     fn completions(&mut self, into: &mut Vec<Completion<J>>) {
-        self.flush();
         self.land();
         into.append(&mut self.done);
         self.threads.completions(into);
     }
 }
 
-impl<J> Drop for UringEngine<J> {
+impl<J: Send + 'static> Drop for UringEngine<J> {
     /// A queue ends with nothing in flight. Should it not, the kernel must not write to memory that is
     /// somebody else's by then.
     fn drop(&mut self) {
-        let Ring::Ready(ring) = &mut self.ring else { return };
         while self.flying > 0 {
-            if ring.submit_and_wait(1).is_err() {
-                std::thread::yield_now();
-            }
-            let landed = ring.completion().count();
-            self.flying -= landed.min(self.flying);
+            self.enter(1);
+            self.land();
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
     use crate::store::Buffers;
     use crate::store::file::{FileStore, OpenOptionsFor};
@@ -282,7 +349,9 @@ mod tests {
                 let place = &mut results[completion.token.0 as usize];
                 assert!(place.replace(result).is_none(), "completed twice");
             }
-            if results.iter().any(Option::is_none) {
+            if results.iter().any(Option::is_none)
+                && engine.sleep([Some(wake.as_raw_fd()), None]).is_none()
+            {
                 wake.read().unwrap();
             }
         }
