@@ -44,6 +44,8 @@ pub struct OpenOptionsFor {
 pub struct FileStore {
     file: File,
     block_device: bool,
+    /// Whether it is open with O_DIRECT.
+    direct: bool,
     capabilities: Capabilities,
     /// Alignment that O_DIRECT asks of memory, in bytes; 1 without it.
     memory_align: usize,
@@ -204,6 +206,7 @@ impl FileStore {
         Ok(FileStore {
             file,
             block_device,
+            direct: options.direct,
             capabilities,
             memory_align,
             knowledge,
@@ -270,6 +273,7 @@ impl FileStore {
         FileStore {
             file,
             block_device: false,
+            direct: false,
             capabilities: Capabilities { transfer_align: 1, ..self.capabilities.clone() },
             memory_align: 1,
             knowledge: self.knowledge,
@@ -420,8 +424,10 @@ impl Store for FileStore {
     fn ring_file(&self, operation: &Operation) -> Option<RawFd> {
         let list = match operation {
             Operation::Read { into, medium: false, .. } => into,
-            Operation::Write { from, .. } => from,
-            Operation::Flush => return Some(self.file.as_raw_fd()),
+            Operation::Write { from, .. } if self.direct => from,
+            // The kernel would hand a flush, and a write into the page cache that it cannot make at once, to
+            // threads of its own, one write a file at a time; our own are as good, and end when idle.
+            Operation::Write { .. } | Operation::Flush => return None,
             Operation::Read { .. } | Operation::Prefetch { .. } => return None,
         };
         // What O_DIRECT cannot use in place, and what is more than one call takes, is our own work.

@@ -34,6 +34,8 @@ pub(super) struct Ring {
     shown_used: u16,
     /// Up to where the driver was told of them, or did not want to be; `None` if it has to be told.
     told_used: Option<u16>,
+    /// Whether the driver was asked for kicks.
+    awaits_kicks: bool,
     /// The driver broke a rule that leaves no way to go on.
     broken: bool,
 }
@@ -63,6 +65,7 @@ impl Ring {
             next_used: used,
             shown_used: used,
             told_used: None,
+            awaits_kicks: true,
             broken: false,
         })
     }
@@ -131,19 +134,21 @@ impl Ring {
         self.shown_used = self.next_used;
     }
 
-    /// Shows the driver the used buffers, and tells it if there are any that it wants to know of.
-    pub(super) fn announce(&mut self) {
+    /// Shows the driver the used buffers, and tells it if there are any that it wants to know of. Says whether
+    /// there were any since the last time.
+    pub(super) fn announce(&mut self) -> bool {
         if self.shown_used != self.next_used {
             self.show();
         }
         if self.told_used == Some(self.shown_used) {
-            return;
+            return false;
         }
         let told = self.told_used.replace(self.shown_used);
         if let (true, Some(mut call)) = (self.driver_wants_to_know(told), self.call.as_ref()) {
             // It fails if the counter is full, and then the driver knows already.
             let _ = call.write(&1u64.to_ne_bytes());
         }
+        true
     }
 
     fn driver_wants_to_know(&self, told: Option<u16>) -> bool {
@@ -160,6 +165,7 @@ impl Ring {
 
     /// Asks for kicks again; says whether requests came in meanwhile.
     pub(super) fn await_kicks(&mut self) -> bool {
+        self.awaits_kicks = true;
         match self.event_idx {
             true => self.parts.set_kick_event(self.next_avail),
             false => self.parts.set_kicks(true),
@@ -167,11 +173,14 @@ impl Ring {
         self.has_requests()
     }
 
-    /// Spares the driver kicks while we look at the ring anyway. With EVENT_IDX it is spared them as it is:
-    /// the event stays behind.
+    /// Spares the driver kicks while we look at the ring anyway.
     pub(super) fn spare_kicks(&mut self) {
-        if !self.event_idx {
-            self.parts.set_kicks(false);
+        if std::mem::take(&mut self.awaits_kicks) {
+            match self.event_idx {
+                // An event that lies behind comes again only when the index has gone round.
+                true => self.parts.set_kick_event(self.next_avail.wrapping_sub(1)),
+                false => self.parts.set_kicks(false),
+            }
         }
     }
 

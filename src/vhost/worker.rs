@@ -125,12 +125,12 @@ impl<S: Service> State<S> {
                 self.ring.spare_kicks();
                 more = self.service.requests(&mut self.ring);
             }
-            self.ring.announce();
+            let answered = self.ring.announce();
             if stopping && self.service.in_flight() == 0 {
                 return self.ring.next_avail();
             }
             let look = !stopping && self.service.wants_requests(&self.ring);
-            if more || look && (self.spin() || self.ring.await_kicks()) {
+            if more || look && (self.spin(answered) || self.ring.await_kicks()) {
                 self.service.hand_over();
             } else {
                 self.rest();
@@ -155,19 +155,19 @@ impl<S: Service> State<S> {
         false
     }
 
-    /// Looks for something to do for a while, if that was worth it lately; says whether there is.
-    fn spin(&mut self) -> bool {
+    /// Looks for something to do for a while, if that was worth it lately; says whether there is. A driver
+    /// that has just been answered may come back at once; what is in flight takes longer than a short look.
+    fn spin(&mut self, answered: bool) -> bool {
         let Some(time) = self.spin.as_ref().and_then(Spin::time) else { return false };
-        let idle = self.service.in_flight() == 0;
-        if !idle && time <= SPIN {
-            // What it waits for takes longer.
+        if time <= SPIN && !answered {
             return false;
         }
+        let completions = time > SPIN && self.service.in_flight() > 0;
         let start = Instant::now();
         let mut found = false;
         while !found && start.elapsed() < time {
             std::hint::spin_loop();
-            found = self.ring.has_requests() || !idle && self.service.has_progress();
+            found = self.ring.has_requests() || completions && self.service.has_progress();
         }
         if let Some(spin) = &mut self.spin {
             spin.learn(found);

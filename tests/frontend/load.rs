@@ -78,7 +78,10 @@ pub struct Load {
 
 impl Load {
     pub fn new(pattern: Pattern, block: usize, depth: usize, span: u64) -> Self {
-        let driver = Driver::Polls;
+        let driver = match std::env::var("SLEEPS") {
+            Ok(_) => Driver::Sleeps,
+            Err(_) => Driver::Polls,
+        };
         Load { pattern, block, depth, start: 0, span, driver, verify: false, fua: false, seed: 1 }
     }
 }
@@ -255,7 +258,7 @@ impl<'a> RawDriver<'a> {
             if now < start + time {
                 self.give(now);
             }
-            if !self.has_used() {
+            if !self.has_used() && self.free.len() < self.slots.len() {
                 self.wait();
             }
             now = Instant::now();

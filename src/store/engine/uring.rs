@@ -20,6 +20,9 @@ use crate::store::{Cause, Durability, Store, StoreError};
 
 /// Transfers in a ring at the same time; more go to the pool.
 const DEPTH: u32 = 128;
+/// Transfers that are handed over with one call. The kernel holds the first back until it has the last: many
+/// together save calls, but keep the device waiting.
+const AT_ONCE: usize = 4;
 /// POLLIN, as the ring wants it.
 const READABLE: u32 = libc::POLLIN as u32;
 /// IORING_ENTER_GETEVENTS.
@@ -110,14 +113,15 @@ impl<J: Send + 'static> UringEngine<J> {
         }
     }
 
-    /// Puts a transfer into the ring; gives it back if that cannot be.
+    /// Puts a transfer into the ring, and says how many there are that the kernel was not told of; gives
+    /// it back if that cannot be.
     fn launch(
         &mut self,
         token: u32,
         number: usize,
         store: &Arc<dyn Store>,
         operation: Operation,
-    ) -> Result<(), Operation> {
+    ) -> Result<usize, Operation> {
         let full = self.flying >= DEPTH as usize;
         let Some(file) = store.ring_file(&operation).filter(|_| !full) else {
             return Err(operation);
@@ -133,6 +137,7 @@ impl<J: Send + 'static> UringEngine<J> {
         if pushed.is_err() {
             return Err(operation);
         }
+        let queued = ring.submission().len();
         let slot = token as usize;
         if self.flights.len() <= slot {
             self.flights.resize_with(slot + 1, || None);
@@ -141,7 +146,7 @@ impl<J: Send + 'static> UringEngine<J> {
             *place = Some(Flight { number, operation });
         }
         self.flying += 1;
-        Ok(())
+        Ok(queued)
     }
 
     /// Hands over what was submitted, has the kernel finish what has ended, and waits for so many
@@ -264,8 +269,10 @@ impl<J: Send + 'static> Engine<J> for UringEngine<J> {
         store: &Arc<dyn Store>,
         operation: Operation,
     ) {
-        if let Err(operation) = self.launch(token.0, number, store, operation) {
-            self.threads.hand_over(token, store, operation);
+        match self.launch(token.0, number, store, operation) {
+            Ok(queued) if queued >= AT_ONCE => self.enter(0),
+            Ok(_) => {}
+            Err(operation) => self.threads.hand_over(token, store, operation),
         }
     }
 
