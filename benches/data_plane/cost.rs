@@ -108,6 +108,20 @@ fn resident(pid: i32) -> u64 {
     line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or_default()
 }
 
+/// Milliseconds from the start of the process to the answer of a first read.
+pub fn start_to_first_read(file: &Path) -> f64 {
+    let mut times: Vec<f64> = (0..9)
+        .map(|_| {
+            let start = std::time::Instant::now();
+            let backend = Backend::thinlun(file, "", &[], 1);
+            backend.front_end.ready_lun(0, 0).read10(0, 8);
+            start.elapsed().as_secs_f64() * 1e3
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
 /// What a long run takes more than a short one, so that start and end do not count.
 fn instructions(file: &Path, load: &Load) -> f64 {
     if installed("valgrind").is_none() {

@@ -92,6 +92,7 @@ fn main() {
     if only.is_empty() || "cost".contains(only) {
         fill(&memory);
         report.costs = cost::measure(&memory);
+        report.start = Some(cost::start_to_first_read(&memory));
     }
     let _ = std::fs::remove_file(&memory);
     report.print_goals();

@@ -35,6 +35,8 @@ fn median(samples: &[Sample]) -> Option<Sample> {
 pub struct Report {
     pub rows: Vec<Row>,
     pub costs: Vec<Cost>,
+    /// Milliseconds from a process's start to its first read.
+    pub start: Option<f64>,
 }
 
 impl Report {
@@ -78,6 +80,9 @@ impl Report {
         for cost in &self.costs {
             println!("{cost}");
         }
+        if let Some(start) = self.start {
+            println!("from start to a served first read: {start:.1} ms (goal: 50)");
+        }
         for row in &self.rows {
             for (what, reached, goal) in goals(row) {
                 let verdict = if reached >= goal { "reached" } else { "MISSED" };
@@ -101,9 +106,10 @@ impl Report {
         let rows: Vec<String> = self.rows.iter().map(row).collect();
         let costs: Vec<String> = self.costs.iter().map(Cost::json).collect();
         format!(
-            "{{\"loads\": [\n{}\n],\n\"costs\": [\n{}\n]}}\n",
+            "{{\"loads\": [\n{}\n],\n\"costs\": [\n{}\n],\n\"start_ms\": {}}}\n",
             rows.join(",\n"),
-            costs.join(",\n")
+            costs.join(",\n"),
+            self.start.map_or("null".to_owned(), |start| format!("{start:.1}"))
         )
     }
 }

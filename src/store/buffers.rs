@@ -167,6 +167,14 @@ impl Buffers {
         part
     }
 
+    /// The first `at` bytes, and the rest.
+    pub fn split(self, at: usize) -> (Self, Self) {
+        match self.len <= at {
+            true => (self, Self::default()),
+            false => (self.slice(0, at), self.skip(at)),
+        }
+    }
+
     /// The list without its first `count` bytes.
     pub fn skip(mut self, count: usize) -> Self {
         let mut left = count.min(self.len);
@@ -304,6 +312,9 @@ mod tests {
         assert_eq!(l.slice(6, 3).len(), 1);
         for count in 0..9 {
             let rest = l.clone().skip(count);
+            let (first, second) = l.clone().split(count);
+            assert_eq!([first.to_vec(9), second.to_vec(9)].concat(), l.to_vec(9));
+            assert_eq!((first.len(), second.to_vec(9)), (count.min(7), rest.to_vec(9)));
             assert_eq!(
                 (rest.len(), rest.to_vec(9)),
                 (7usize.saturating_sub(count), l.to_vec(9).split_off(count.min(7)))

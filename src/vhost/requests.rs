@@ -130,8 +130,7 @@ impl RequestQueue {
         if writable.len() < size_of::<CommandResponse>() {
             return ring.refuse(head, "no room for a response");
         }
-        let response = writable.slice(0, size_of::<CommandResponse>());
-        let data_in = writable.skip(size_of::<CommandResponse>());
+        let (response, data_in) = writable.split(size_of::<CommandResponse>());
         if readable.read_at(0, &mut header) < header.len() {
             return fail(ring, head, &response, data_in.len());
         }

@@ -288,6 +288,11 @@ impl DaemonBuilder {
             command.arg("--socket-path").arg(path);
         }
         command.args(&self.args).stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
+        // So that every test can be run on every engine.
+        let chosen = self.args.iter().any(|arg| arg == "--io-engine");
+        if let Some(engine) = std::env::var_os("THINLUN_TEST_ENGINE").filter(|_| !chosen) {
+            command.arg("--io-engine").arg(engine);
+        }
         if let Some(user) = self.user {
             command.uid(user).gid(user);
         }
