@@ -55,6 +55,16 @@ impl Backend {
         Backend { front_end, pid: daemon.pid(), process: Process::Thinlun(daemon) }
     }
 
+    /// thinlun with several disks.
+    pub fn thinlun_with(disks: &[PathBuf], queues: usize) -> Self {
+        let scratch = Scratch::new();
+        let builder = disks.iter().fold(Daemon::builder(&scratch), |b, disk| b.disk(disk, ""));
+        let daemon = builder.spawn();
+        let builder = FrontEnd::builder().queues(queues).queue_size(QUEUE_SIZE);
+        let front_end = builder.connect(&daemon);
+        Backend { front_end, pid: daemon.pid(), process: Process::Thinlun(daemon) }
+    }
+
     /// thinlun with a disk, inside another program.
     pub fn thinlun_under(program: &str, arguments: &[&str], disk: &Path) -> Self {
         let scratch = Scratch::new();

@@ -89,6 +89,9 @@ fn main() {
             report.add(row);
         }
     }
+    if only.is_empty() || "sharing".contains(only) {
+        sharing(&mut report, time);
+    }
     if only.is_empty() || "cost".contains(only) {
         fill(&memory);
         report.costs = cost::measure(&memory);
@@ -102,6 +105,48 @@ fn main() {
     if let Some(path) = options.value("--svg") {
         std::fs::write(path, chart::svg(&report)).unwrap();
     }
+}
+
+/// Two queues of one daemon, each on a file of its own, beside two daemons that can share nothing, and
+/// beside one queue alone. Drivers and queues are four threads, which sleep where they can.
+fn sharing(report: &mut Report, time: Duration) {
+    let files: Vec<PathBuf> = (0..4)
+        .map(|n| PathBuf::from(format!("/dev/shm/thinlun-bench-{}-{n}.img", std::process::id())))
+        .collect();
+    for file in &files {
+        std::fs::write(file, vec![0x5a; (64 * MIB) as usize]).unwrap();
+    }
+    let together = Backend::thinlun_with(&files[..2], 2);
+    let apart = [&files[2], &files[3]].map(|file| Backend::thinlun(file, "", &[], 1));
+    for pattern in [Pattern::RandRead, Pattern::RandWrite] {
+        let load = Load { driver: Driver::Sleeps, ..Load::new(pattern, 4096, 32, 64 * MIB) };
+        let mut rates = [const { Vec::new() }; 3];
+        for _ in 0..ROUNDS {
+            rates[0].push(at_once(&[(&together, 0), (&together, 1)], &load, time));
+            rates[1].push(at_once(&[(&apart[0], 0), (&apart[1], 0)], &load, time));
+            rates[2].push(at_once(&[(&together, 0)], &load, time));
+        }
+        let [together, apart, alone] = rates.map(|mut rates| {
+            rates.sort_by(f64::total_cmp);
+            rates[ROUNDS / 2]
+        });
+        report.sharing.push(report::Sharing { load: pattern.name(), together, apart, alone });
+    }
+    files.iter().for_each(|file| drop(std::fs::remove_file(file)));
+}
+
+/// The mean rate of a load on these disks at once, each on the queue of its number.
+fn at_once(disks: &[(&Backend, u16)], load: &Load, time: Duration) -> f64 {
+    let luns: Vec<Lun<'_>> = disks
+        .iter()
+        .map(|(backend, n)| backend.front_end.ready_lun(0, *n).on_queue(2 + usize::from(*n)))
+        .collect();
+    let rates: Vec<f64> = std::thread::scope(|scope| {
+        let run = |lun| scope.spawn(move || frontend::load::run(lun, load, time).rate());
+        let runs: Vec<_> = luns.iter().map(run).collect();
+        runs.into_iter().map(|run| run.join().unwrap()).collect()
+    });
+    rates.iter().sum::<f64>() / rates.len() as f64
 }
 
 /// Loads, and on how many queues.

@@ -31,10 +31,19 @@ fn median(samples: &[Sample]) -> Option<Sample> {
     Some(Sample { rate: of(|s| s.rate)?, p50: of(|s| s.p50)?, p99: of(|s| s.p99)? })
 }
 
+/// Rates of a queue, in transfers a second: with another in the same daemon, in another daemon, and alone.
+pub struct Sharing {
+    pub load: &'static str,
+    pub together: f64,
+    pub apart: f64,
+    pub alone: f64,
+}
+
 #[derive(Default)]
 pub struct Report {
     pub rows: Vec<Row>,
     pub costs: Vec<Cost>,
+    pub sharing: Vec<Sharing>,
     /// Milliseconds from a process's start to its first read.
     pub start: Option<f64>,
 }
@@ -77,6 +86,15 @@ impl Report {
 
     /// What a load has to reach, and whether it has.
     pub fn print_goals(&self) {
+        for Sharing { load, together, apart, alone } in &self.sharing {
+            println!(
+                "tmpfs, {load} 4k, depth 32, two queues on two files: {:.0} thousand a queue; to that of two \
+                 daemons {:.2}; to that of one queue alone {:.2}",
+                together / 1e3,
+                together / apart,
+                together / alone
+            );
+        }
         for cost in &self.costs {
             println!("{cost}");
         }
@@ -104,10 +122,21 @@ impl Report {
             format!("  {{\"load\": \"{}\", {}}}", row.title, parts.join(", "))
         };
         let rows: Vec<String> = self.rows.iter().map(row).collect();
+        let sharing: Vec<String> = self
+            .sharing
+            .iter()
+            .map(|Sharing { load, together, apart, alone }| {
+                format!(
+                    "  {{\"load\": \"{load}\", \"together\": {together:.0}, \"apart\": {apart:.0}, \
+                     \"alone\": {alone:.0}}}"
+                )
+            })
+            .collect();
         let costs: Vec<String> = self.costs.iter().map(Cost::json).collect();
         format!(
-            "{{\"loads\": [\n{}\n],\n\"costs\": [\n{}\n],\n\"start_ms\": {}}}\n",
+            "{{\"loads\": [\n{}\n],\n\"sharing\": [\n{}\n],\n\"costs\": [\n{}\n],\n\"start_ms\": {}}}\n",
             rows.join(",\n"),
+            sharing.join(",\n"),
             costs.join(",\n"),
             self.start.map_or("null".to_owned(), |start| format!("{start:.1}"))
         )

@@ -87,9 +87,8 @@ fn device_identification(lun: &Lun) -> Vec<u8> {
 
 fn extended_inquiry(_: &Lun) -> Vec<u8> {
     let mut page = vec![0; 60];
-    // Byte 5: SIMPSUP; VIRTIO lets every other task attribute be treated as SIMPLE, and so do we.
-    // Byte 6: V_SUP, there is a volatile cache.
-    for (byte, value) in [(1, 0x01), (2, 0x01)] {
+    // Byte 5: HEADSUP, ORDSUP, SIMPSUP. Byte 6: V_SUP, there is a volatile cache.
+    for (byte, value) in [(1, 0x07), (2, 0x01)] {
         if let Some(to) = page.get_mut(byte) {
             *to = value;
         }
