@@ -70,9 +70,11 @@ impl Ring {
         })
     }
 
-    /// The next request, or `None` if there is none.
+    /// The next request, or `None` if there is none, or nothing but wrong ones for as long as the queue is: a
+    /// driver that makes them without end holds nobody up.
     pub(super) fn pop(&mut self) -> Option<Chain> {
-        while let Some(head) = self.next_head() {
+        for _ in 0..self.parts.size() {
+            let head = self.next_head()?;
             match self.chains.resolve(&self.parts, head) {
                 Ok(chain) => return Some(chain),
                 Err(why) => self.refuse(head, why),

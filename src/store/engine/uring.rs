@@ -233,6 +233,10 @@ fn make() -> io::Result<IoUring> {
     // (Linux 6.1). Before that, it is interrupted.
     let modern = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(DEPTH);
     let ring = modern.or_else(|_| IoUring::new(DEPTH))?;
+    // Events are watched by polls that stay, which came with this feature (Linux 5.13).
+    if !ring.params().is_feature_resource_tagging() {
+        return Err(io::Error::from(io::ErrorKind::Unsupported));
+    }
     // No file is registered: when this process is killed, a registered one stays open, and its image
     // locked, for as long as the kernel takes to clear the ring away.
     Ok(ring)
