@@ -12,11 +12,14 @@ use super::{Buffers, Space};
 /// Longest iovec that the kernel takes in one call (IOV_MAX).
 pub(super) const MAX_SEGMENTS: usize = 1024;
 
-/// One `preadv(2)` into the segments of `into` from byte `skip` of the list on; may be short.
+/// One `preadv(2)` into the segments of `into` from byte `skip` of the list on; may be short. A single segment
+/// goes by `pread(2)`, which is some 50 ns cheaper.
 pub(super) fn read(file: &File, offset: u64, into: &Buffers, skip: usize) -> io::Result<usize> {
-    with_segments(into, skip, offset, |iov, count, offset| {
-        // SAFETY: the iovec describes memory that `into` keeps mapped for writing.
-        unsafe { libc::preadv(file.as_raw_fd(), iov, count, offset) }
+    with_segments(into, skip, offset, |iov, count, offset| match count {
+        // SAFETY: the one iovec describes memory that `into` keeps mapped for writing.
+        1 => unsafe { libc::pread(file.as_raw_fd(), (*iov).iov_base, (*iov).iov_len, offset) },
+        // SAFETY: as above, for all of them.
+        _ => unsafe { libc::preadv(file.as_raw_fd(), iov, count, offset) },
     })
 }
 
@@ -46,9 +49,13 @@ pub(super) fn write(
     stable: bool,
 ) -> io::Result<usize> {
     let flags = if stable { libc::RWF_DSYNC } else { 0 };
-    with_segments(from, skip, offset, |iov, count, offset| {
-        // SAFETY: the iovec describes memory that `from` keeps mapped for reading.
-        unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, flags) }
+    with_segments(from, skip, offset, |iov, count, offset| match count {
+        // SAFETY: the one iovec describes memory that `from` keeps mapped for reading.
+        1 if !stable => unsafe {
+            libc::pwrite(file.as_raw_fd(), (*iov).iov_base, (*iov).iov_len, offset)
+        },
+        // SAFETY: as above, for all of them.
+        _ => unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, flags) },
     })
 }
 
