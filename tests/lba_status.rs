@@ -128,8 +128,9 @@ impl Bench {
         }
     }
 
-    /// The disk's word and the tools', with nothing changed in between: a host may come to call zeroes data while
-    /// nobody writes. Seen once on ext4, of a block of which a part had been anchored.
+    /// The disk's word and the tools', all of it, with nothing changed in between. A host may come to call zeroes
+    /// data while nobody writes: Linux leaves a mark where it evicts a page of an unwritten extent, and lseek takes
+    /// the mark for data. Zeroing a part of a block makes such a page; memory pressure evicts it.
     fn at_one_time(
         &self,
         lun: &Lun<'_>,

@@ -11,6 +11,9 @@
 //! | hole | extent, unwritten | reserved |
 //! | hole | no extent, or no FIEMAP here | hole |
 //! | says nothing | anything | data |
+//!
+//! lseek errs to the safe side: zeroes in the page cache over unwritten space are data to it, and so is, on
+//! Linux 6.18, the mark that stays where memory pressure evicted such a page. So is then our answer.
 
 use std::fs::File;
 use std::io;
