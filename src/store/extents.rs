@@ -166,6 +166,26 @@ pub(super) fn walk(
     walk.list.first(limit)
 }
 
+/// A range without the parts of blocks at its ends where the whole block reads as zeroes already: freeing a part
+/// of such a block frees nothing, and btrfs may even take space for it, to write the zeroes into.
+pub(super) fn without_empty_ends(
+    host: &impl Host,
+    knows: Knowledge,
+    range: Range<u64>,
+    block: u64,
+) -> Range<u64> {
+    let Range { mut start, mut end } = range;
+    let is_empty = |at: u64| matches!(host.next_data(at), Ok(data) if data.is_none_or(|data| data >= at + block));
+    let (head, tail) = (start % block, end % block);
+    if knows.seek && head != 0 && is_empty(start - head) {
+        start = end.min(start - head + block);
+    }
+    if knows.seek && tail != 0 && start < end && is_empty(end - tail) {
+        end = start.max(end - tail);
+    }
+    start..end
+}
+
 struct Walk<'a, H> {
     host: &'a H,
     list: List,
@@ -377,6 +397,19 @@ mod tests {
         let list = walk(&file, BOTH, 0..10_000, 4);
         assert!(list.len() == 1 && list[0].range.end < 10_000);
         assert!(file.1.get() <= MIN_CALLS + 2 * fiemap::BATCH);
+    }
+
+    #[test]
+    fn parts_of_empty_blocks_at_the_ends_are_left_alone() {
+        let file = drawn("....uuuud...");
+        let cut = |range| without_empty_ends(&file, BOTH, range, 4);
+        assert_eq!(cut(1..11), 4..11);
+        assert_eq!(cut(2..7), 4..4);
+        assert_eq!((cut(1..3), cut(0..4), cut(4..8)), (3..3, 0..4, 4..8));
+        assert_eq!((cut(9..11), cut(6..12), cut(7..9)), (9..11, 8..12, 8..9));
+        assert_eq!(cut(13..15), 15..15, "behind the end");
+        let nothing = Knowledge { seek: false, fiemap: true };
+        assert_eq!(without_empty_ends(&file, nothing, 1..3, 4), 1..3);
     }
 
     #[test]

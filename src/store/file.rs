@@ -397,6 +397,11 @@ impl Store for FileStore {
     }
 
     fn deallocate(&self, range: Range<u64>) -> Result<(), StoreError> {
+        let block = u64::from(self.capabilities.host_block);
+        let range = match self.block_device {
+            true => range,
+            false => extents::without_empty_ends(&self.file, self.knowledge, range, block),
+        };
         self.deallocate.run(&self.file, &range)
     }
 
