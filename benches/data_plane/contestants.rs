@@ -4,7 +4,11 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
+
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 
 use crate::frontend::daemon::Diagnosis;
 use crate::frontend::load::{self, Figures};
@@ -128,12 +132,26 @@ impl Backend {
                     let span = load.span / queues as u64;
                     let start = load.start + span * n as u64;
                     let load = Load { start, span, seed: load.seed + n as u64, ..*load };
-                    scope.spawn(move || load::run(&lun, &load, time))
+                    scope.spawn(move || {
+                        stay_on_driver_cpu();
+                        load::run(&lun, &load, time)
+                    })
                 })
                 .collect();
             runs.into_iter().map(|run| run.join().unwrap()).collect()
         })
     }
+}
+
+/// The processor that drivers poll on, if one was chosen: where a device interrupts one processor only, a driver that
+/// happens to poll there keeps the back end away from it.
+pub static DRIVER_CPU: OnceLock<usize> = OnceLock::new();
+
+fn stay_on_driver_cpu() {
+    let Some(cpu) = DRIVER_CPU.get() else { return };
+    let mut set = CpuSet::new();
+    set.set(*cpu).expect("a processor");
+    sched_setaffinity(Pid::from_raw(0), &set).expect("--driver-cpu");
 }
 
 /// A program on the path, or where `cargo install` puts it.

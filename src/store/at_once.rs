@@ -10,6 +10,8 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{UsageWho, getrusage};
+
 use super::{Buffers, sys};
 
 /// A write that took longer has waited for something.
@@ -92,33 +94,49 @@ fn attempt(there: &AtomicBool, transfer: impl Fn() -> io::Result<usize>) -> Opti
 }
 
 /// That a call which may wait does not, until it did.
+///
+/// A call that took long may have waited, or the thread has lost its processor meanwhile. So the calls after it are
+/// watched, and only one that gave the processor up by itself ends the trust.
 #[derive(Debug)]
 struct Trust {
     since: Instant,
-    /// When it may be tried again, in microseconds since then.
+    /// Until when calls are watched, in microseconds since then.
+    watched: AtomicU64,
+    /// When it may be tried again, in the same.
     again: AtomicU64,
 }
 
 impl Trust {
     fn new() -> Self {
-        Trust { since: Instant::now(), again: AtomicU64::new(0) }
+        Trust { since: Instant::now(), watched: AtomicU64::new(0), again: AtomicU64::new(0) }
     }
 
     fn attempt(&self, transfer: impl Fn() -> io::Result<usize>) -> Option<usize> {
         let start = self.since.elapsed();
-        if microseconds(start) < self.again.load(Ordering::Relaxed) {
+        let now = microseconds(start);
+        if now < self.again.load(Ordering::Relaxed) {
             return None;
         }
+        let watched = now < self.watched.load(Ordering::Relaxed);
+        let before = watched.then(waits);
         let result = transfer();
         let end = self.since.elapsed();
         let took = end.saturating_sub(start);
         if took > SLOW {
-            let again = microseconds(end.saturating_add(took.saturating_mul(REST)));
-            self.again.store(again, Ordering::Relaxed);
-            log::debug!("a write has waited for {took:?}: the next ones are handed over");
+            let until = microseconds(end.saturating_add(took.saturating_mul(REST)));
+            if before.is_some_and(|before| waits() > before) {
+                self.again.store(until, Ordering::Relaxed);
+                log::debug!("a write has waited for {took:?}: the next ones are handed over");
+            }
+            self.watched.store(until, Ordering::Relaxed);
         }
         result.ok()
     }
+}
+
+/// How often this thread has gone to sleep by itself.
+fn waits() -> i64 {
+    getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.voluntary_context_switches())
 }
 
 fn microseconds(time: Duration) -> u64 {
@@ -129,18 +147,37 @@ fn microseconds(time: Duration) -> u64 {
 mod tests {
     use super::*;
 
+    const LONG: Duration = Duration::from_millis(20);
+
+    fn sleeps() -> io::Result<usize> {
+        std::thread::sleep(LONG);
+        Ok(3)
+    }
+
     #[test]
-    fn a_write_that_waited_is_not_followed_by_another() {
+    fn a_write_that_waited_twice_is_not_followed_by_another() {
         let trust = Trust::new();
         assert_eq!(trust.attempt(|| Ok(1)), Some(1));
         assert_eq!(trust.attempt(|| Err(io::ErrorKind::StorageFull.into())), None);
+        assert_eq!(trust.attempt(sleeps), Some(3));
         assert_eq!(trust.attempt(|| Ok(2)), Some(2));
-        let slow = || {
-            std::thread::sleep(Duration::from_millis(20));
-            Ok(3)
-        };
-        assert_eq!(trust.attempt(slow), Some(3));
+        assert_eq!(trust.attempt(sleeps), Some(3));
         assert_eq!(trust.attempt(|| Ok(4)), None);
         assert!(trust.again.load(Ordering::Relaxed) >= 2_000_000);
+    }
+
+    #[test]
+    fn a_write_that_was_only_slow_is() {
+        let trust = Trust::new();
+        let busy = || {
+            let start = Instant::now();
+            while start.elapsed() < LONG {
+                std::hint::spin_loop();
+            }
+            Ok(3)
+        };
+        for _ in 0..4 {
+            assert_eq!(trust.attempt(busy), Some(3));
+        }
     }
 }
