@@ -71,6 +71,7 @@ impl Bench {
             cdb: Cdb::new(cdb),
             data_out: Buffers::copy_of(out).unwrap(),
             data_in: data_in.clone(),
+            again: false,
         };
         let address = Addressed::Disk(&self.lun);
         let outcome = match execute(&self.target, nexus, &address, request) {

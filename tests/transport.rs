@@ -109,8 +109,9 @@ fn offers_what_it_can_do_and_nothing_else() {
     let daemon = Daemon::with_disk(DISK, "");
     let fe = FrontEnd::connect(&daemon);
     let virtio = f::VERSION_1 | f::INDIRECT_DESC | f::EVENT_IDX | f::SCSI_HOTPLUG | f::SCSI_CHANGE;
-    assert_eq!(fe.offered_features(), virtio | f::PROTOCOL_FEATURES);
+    assert_eq!(fe.offered_features(), virtio | f::PROTOCOL_FEATURES | f::LOG_ALL);
     let protocol = p::MQ | p::REPLY_ACK | p::CONFIGURE_MEM_SLOTS | p::RESET_DEVICE;
+    let protocol = protocol | p::INFLIGHT_SHMFD | p::LOG_SHMFD;
     assert_eq!(fe.offered_protocol_features(), protocol);
     let queues = fe.channel().get_u64(request::GET_QUEUE_NUM);
     assert_eq!(queues, 2 + 16, "control, event, and 16 request queues");

@@ -79,6 +79,10 @@ fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command
         return Err(ScsiError::Check(attention.sense()));
     }
     let command = command?;
+    if request.again && command.once {
+        // Nobody can tell what became of it; the initiator has to look.
+        return Err(ScsiError::Aborted);
+    }
     command.check_reserved_bits(&request.cdb, Some(lun))?;
     lun.background().check(command.tolerance())?;
     if command.access != Access::None {

@@ -37,6 +37,8 @@ pub struct Request {
     pub data_out: Buffers,
     /// Room for bytes to the initiator.
     pub data_in: Buffers,
+    /// It was given to a daemon that has ended without an answer: it may have been done, all of it or in part.
+    pub again: bool,
 }
 
 /// What has to happen for a command to end.

@@ -14,7 +14,7 @@ use nix::sys::stat::Mode;
 use super::at_once::AtOnce;
 use super::copy::{Holes, Method};
 use super::extents::{self, Knowledge};
-use super::lock::{LockError, lock_image};
+use super::lock::{LockError, lock_image_soon};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::{
@@ -129,7 +129,7 @@ impl FileStore {
         if !(kind.is_file() || (kind.is_block_device() && block_device)) {
             return Err("changed while it was being opened; try again".into());
         }
-        lock_image(&file, options.read_only).map_err(|e| match e {
+        lock_image_soon(&file, options.read_only).map_err(|e| match e {
             LockError::InUse => OpenError::from(
                 "is in use by another process (QEMU, qemu-img or thinlun); stop that one, or open \
                  it readonly on both sides",

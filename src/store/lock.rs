@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -26,6 +27,28 @@ pub enum LockError {
     InUse,
     /// The host would not lock at all.
     Host(io::Error),
+}
+
+/// How long an image may stay locked by somebody who ends: a killed daemon lets go when its last transfer has.
+const ENDING: Duration = Duration::from_secs(1);
+
+/// [`lock_image`], with a little patience.
+///
+/// # Errors
+/// As there.
+pub fn lock_image_soon(file: &File, read_only: bool) -> Result<(), LockError> {
+    let start = Instant::now();
+    loop {
+        match lock_image(file, read_only) {
+            Err(LockError::InUse) if start.elapsed() < ENDING => {}
+            end => return end,
+        }
+        // Nobody is kept out while we wait.
+        let mut all = byte_lock(libc::F_UNLCK, USED);
+        all.l_len = UNSHARED;
+        fcntl(file, FcntlArg::F_OFD_SETLK(&all)).map_err(|e| LockError::Host(e.into()))?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Locks the image behind `file` for as long as this open file lives.

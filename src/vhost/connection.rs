@@ -20,7 +20,9 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use zerocopy::IntoBytes;
 
+use super::dirty_log::DirtyLog;
 use super::events::EventQueue;
+use super::inflight;
 use super::memory::{GuestMemory, MAX_SLOTS, Regions};
 use super::message::{Event, Message, Peers};
 use super::requests::RequestQueue;
@@ -39,6 +41,8 @@ const EVENT_QUEUE: usize = 1;
 mod feature {
     pub(super) const HOTPLUG: u64 = 1 << 1;
     pub(super) const CHANGE: u64 = 1 << 2;
+    /// VHOST_F_LOG_ALL.
+    pub(super) const LOG_ALL: u64 = 1 << 26;
     pub(super) const INDIRECT_DESC: u64 = 1 << 28;
     pub(super) const EVENT_IDX: u64 = 1 << 29;
     pub(super) const VERSION_1: u64 = 1 << 32;
@@ -47,6 +51,7 @@ mod feature {
 /// What we offer a driver, and a front end.
 const FEATURES: u64 = feature::HOTPLUG
     | feature::CHANGE
+    | feature::LOG_ALL
     | feature::INDIRECT_DESC
     | feature::EVENT_IDX
     | feature::VERSION_1
@@ -73,6 +78,10 @@ pub(super) struct Connection {
     protocol_features: u64,
     regions: Regions,
     memory: Option<Arc<GuestMemory>>,
+    /// Where requests in flight are noted.
+    inflight: Option<inflight::Region>,
+    /// Where written memory is noted, while LOG_ALL is there.
+    log: Option<Arc<DirtyLog>>,
     rings: Vec<RingState>,
     peers: Peers,
 }
@@ -88,6 +97,8 @@ impl Connection {
             protocol_features: 0,
             regions: Regions::default(),
             memory: None,
+            inflight: None,
+            log: None,
             rings: (0..queues).map(|_| RingState::default()).collect(),
             peers: Peers::default(),
         }
@@ -138,8 +149,10 @@ impl Connection {
         let kick = kick.try_clone().map_err(refused)?;
         let call = ring.call.as_ref().map(File::try_clone).transpose().map_err(refused)?;
         let event_idx = self.features & feature::EVENT_IDX != 0;
-        let new = Ring::new(index, layout, event_idx, ring.next_avail, memory, call);
-        let new = new.ok_or(Error::InvalidParam)?;
+        let inflight = self.inflight.as_ref().and_then(|region| region.queue(index, ring.size));
+        let new = Ring::new(index, layout, event_idx, ring.next_avail, memory, call, inflight);
+        let mut new = new.ok_or(Error::InvalidParam)?;
+        new.set_log(self.log_in_use());
         let (target, nexus) = (Arc::clone(&self.device.target), Arc::clone(&self.nexus));
         let name = format!("queue {index}");
         let worker = match index {
@@ -193,6 +206,19 @@ impl Connection {
             }
         }
         Ok(())
+    }
+
+    /// The log, if the front end wants it to be written.
+    fn log_in_use(&self) -> Option<Arc<DirtyLog>> {
+        self.log.clone().filter(|_| self.features & feature::LOG_ALL != 0)
+    }
+
+    /// Has all queues that run note, or no longer note, what they write to.
+    fn tell_log(&self) {
+        let log = self.log_in_use();
+        for worker in self.rings.iter().filter_map(|ring| ring.worker.as_ref()) {
+            worker.mailbox().set_log(log.as_ref());
+        }
     }
 
     fn negotiated(&self, feature: VhostUserProtocolFeatures) -> bool {
@@ -274,6 +300,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
             return Err(Error::InvalidParam);
         }
         self.features = features;
+        self.tell_log();
         // Without protocol features there is no SET_VRING_ENABLE: rings are enabled from the start.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
             for index in 0..self.rings.len() {
@@ -384,6 +411,8 @@ impl VhostUserBackendReqHandlerMut for Connection {
         let mut features = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE;
         if self.device.offer.config_space {
             features |= VhostUserProtocolFeatures::CONFIG;
@@ -439,12 +468,22 @@ impl VhostUserBackendReqHandlerMut for Connection {
         not_offered()
     }
 
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        not_offered()
+    fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (queues, size) = (usize::from(asked.num_queues), asked.queue_size);
+        if queues > self.rings.len() || size > MAX_QUEUE_SIZE {
+            return Err(Error::InvalidParam);
+        }
+        let file = inflight::Region::create(queues, size).map_err(refused)?;
+        let len = inflight::Region::len(queues, size) as u64;
+        Ok((VhostUserInflight::new(len, 0, asked.num_queues, size), file))
     }
 
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        not_offered()
+    /// Rings that run go on with what they have.
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+        let (queues, size) = (usize::from(given.num_queues), given.queue_size);
+        let region = inflight::Region::map(file, given.mmap_offset, given.mmap_size, queues, size);
+        self.inflight = Some(region.map_err(refused)?);
+        Ok(())
     }
 
     fn set_device_state_fd(
@@ -464,7 +503,10 @@ impl VhostUserBackendReqHandlerMut for Connection {
         not_offered()
     }
 
-    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
-        not_offered()
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let log = DirtyLog::map(file, log.mmap_offset, log.mmap_size).map_err(refused)?;
+        self.log = Some(Arc::new(log));
+        self.tell_log();
+        Ok(())
     }
 }

@@ -7,13 +7,18 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use zerocopy::FromBytes;
 
+use super::dirty_log::DirtyLog;
 use super::memory::GuestMemory;
 use super::split_ring::{DESCRIPTOR_SIZE, Descriptor, SplitRing};
+use crate::scsi::lun;
 use crate::store::Buffers;
 
 /// Most descriptors of a chain that we follow. The standard's bound is the queue size; QEMU's own
 /// devices allow this many.
 const MAX_DESCRIPTORS: usize = 1024;
+
+/// Most bytes that are written to a chain: a response, and the data of one command.
+const MAX_WRITTEN: u64 = lun::MAX_TRANSFER + 4096;
 
 /// A request as the driver laid it out: what the device reads, and what it writes.
 #[derive(Debug)]
@@ -24,6 +29,8 @@ pub(super) struct Chain {
     pub readable: Buffers,
     /// Device's part.
     pub writable: Buffers,
+    /// It was taken before, by a process that has ended without an answer.
+    pub again: bool,
 }
 
 /// Makes chains of descriptors. Each queue has one of its own, so that counting references touches no
@@ -65,6 +72,40 @@ impl Chains {
     /// What is wrong with a chain that breaks the rules: it cannot be answered, only given back.
     pub(super) fn resolve(&mut self, ring: &SplitRing, head: u16) -> Result<Chain, &'static str> {
         let (mut readable, mut writable) = (self.no_buffers(), self.no_buffers());
+        self.walk(ring, head, |chains, descriptor| {
+            let list = match descriptor.is_writable() {
+                true => &mut writable,
+                // VIRTIO 1.3 2.7.4.2: all device-readable descriptors come first.
+                false if !writable.is_empty() => return Err("readable after writable descriptor"),
+                false => &mut readable,
+            };
+            let (address, len) = (descriptor.address.get(), descriptor.len.get());
+            chains.append(address, len, list).ok_or("descriptor outside guest memory")
+        })?;
+        Ok(Chain { head, readable, writable, again: false })
+    }
+
+    /// Marks what a chain, which is answered now, lets the device write to. The driver may have changed it since it
+    /// was taken: then it has spoilt its own log.
+    pub(super) fn mark_written(&mut self, ring: &SplitRing, head: u16, log: &DirtyLog) {
+        let mut left = MAX_WRITTEN;
+        let _ = self.walk(ring, head, |_, descriptor| {
+            if descriptor.is_writable() {
+                let len = left.min(descriptor.len.get().into());
+                log.mark(descriptor.address.get(), len);
+                left -= len;
+            }
+            Ok(())
+        });
+    }
+
+    /// Goes through the descriptors of a chain.
+    fn walk(
+        &mut self,
+        ring: &SplitRing,
+        head: u16,
+        mut each: impl FnMut(&mut Self, &Descriptor) -> Result<(), &'static str>,
+    ) -> Result<(), &'static str> {
         let first = ring.descriptor(head).ok_or("no such descriptor")?;
         let indirect = first.is_indirect();
         if indirect {
@@ -83,17 +124,10 @@ impl Chains {
             if count > MAX_DESCRIPTORS || !indirect && count > ring.size().into() {
                 return Err("chain without an end");
             }
-            let list = match descriptor.is_writable() {
-                true => &mut writable,
-                // VIRTIO 1.3 2.7.4.2: all device-readable descriptors come first.
-                false if !writable.is_empty() => return Err("readable after writable descriptor"),
-                false => &mut readable,
-            };
-            let (address, len) = (descriptor.address.get(), descriptor.len.get());
-            self.append(address, len, list).ok_or("descriptor outside guest memory")?;
+            each(self, &descriptor)?;
             next = descriptor.has_next().then(|| descriptor.next.get());
         }
-        Ok(Chain { head, readable, writable })
+        Ok(())
     }
 
     fn no_buffers(&self) -> Buffers {

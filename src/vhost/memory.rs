@@ -6,13 +6,28 @@ use std::io;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::VhostUserMemoryRegion;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// Memory of one guest, mapped.
 pub(super) type GuestMemory = GuestMemoryMmap<()>;
 
 /// Most regions that we map. More than any guest has; a front end is told when it asks.
 pub(super) const MAX_SLOTS: u64 = 509;
+
+/// Maps a part of a file that the front end gave us.
+///
+/// # Errors
+/// If it cannot be mapped, or the file does not reach so far: touching what is behind its end would kill us. (A front
+/// end that makes it shorter later can do that still: it is trusted not to, as it could kill its guest as well.)
+pub(super) fn map(file: File, offset: u64, size: u64) -> io::Result<MmapRegion<()>> {
+    let metadata = file.metadata()?;
+    let end = offset.checked_add(size);
+    if metadata.is_file() && end.is_none_or(|end| end > metadata.len()) {
+        return Err(io::Error::other("a memory region reaches behind the end of its file"));
+    }
+    let size = usize::try_from(size).map_err(io::Error::other)?;
+    MmapRegion::from_file(FileOffset::new(file, offset), size).map_err(io::Error::other)
+}
 
 /// The regions that are mapped now, and how the front end addresses them.
 #[derive(Default)]
@@ -37,7 +52,7 @@ impl Regions {
         if self.regions.len() as u64 >= MAX_SLOTS {
             return Err(io::Error::other("too many memory regions"));
         }
-        let mapped = region.mmap_region(file).map_err(io::Error::other)?;
+        let mapped = map(file, region.mmap_offset, region.memory_size)?;
         let address = GuestAddress(region.guest_phys_addr);
         let mapping = GuestRegionMmap::new(mapped, address)
             .ok_or_else(|| io::Error::other("memory region beyond the end of the address space"))?;

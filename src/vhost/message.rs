@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use nix::sys::eventfd::EventFd;
 
+use super::dirty_log::DirtyLog;
 use super::memory::GuestMemory;
 use super::wire::{Response, T_PARAM_CHANGE};
 use crate::scsi::{LunNumber, UnitAttention};
@@ -18,6 +19,8 @@ pub(super) enum Message {
     SetMemory(Arc<GuestMemory>, Sender<()>),
     /// Tell the driver by this from now on; answered when it does.
     SetCall(Option<File>, Sender<()>),
+    /// Mark in this from now on which guest memory is written to; answered when it does.
+    SetLog(Option<Arc<DirtyLog>>, Sender<()>),
     /// Find, and maybe end, commands in flight (request queues).
     Sweep(Arc<Sweep>),
     /// A sweep is over (control queue).
@@ -61,6 +64,11 @@ impl Mailbox {
     /// Has the thread use other memory.
     pub(super) fn set_memory(&self, memory: &Arc<GuestMemory>) {
         self.call(|done| Message::SetMemory(Arc::clone(memory), done));
+    }
+
+    /// Has the thread mark what it writes to.
+    pub(super) fn set_log(&self, log: Option<&Arc<DirtyLog>>) {
+        self.call(|done| Message::SetLog(log.cloned(), done));
     }
 
     /// Has the thread use another call event.

@@ -5,9 +5,11 @@
 //! to it by messages. Queues 0 and 1 are the control and the event queue, the rest take commands.
 
 mod connection;
+mod dirty_log;
 mod early;
 mod events;
 mod guest_buf;
+mod inflight;
 mod memory;
 mod message;
 mod order;

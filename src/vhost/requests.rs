@@ -125,7 +125,7 @@ impl RequestQueue {
     }
 
     fn receive(&mut self, ring: &mut Ring, chain: Chain) {
-        let Chain { head, readable, writable } = chain;
+        let Chain { head, readable, writable, again } = chain;
         let mut header = [0; size_of::<CommandHeader>()];
         if writable.len() < size_of::<CommandResponse>() {
             return ring.refuse(head, "no room for a response");
@@ -145,7 +145,7 @@ impl RequestQueue {
         let data =
             DataPhase { len: data_in.len() + data_out.len(), to_driver: !data_in.is_empty() };
         let received = Received { head, tag: header.tag.get(), response, data };
-        let request = Request { cdb: Cdb(header.cdb), data_out, data_in };
+        let request = Request { cdb: Cdb(header.cdb), data_out, data_in, again };
         let attribute = Attribute::parse(header.task_attribute);
         if attribute == Attribute::Simple && self.order.is_free() {
             self.begin(ring, &header.lun, received, request);

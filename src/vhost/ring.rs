@@ -1,11 +1,14 @@
 //! One split virtqueue as the device sees it, owned by the thread that serves it.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::dirty_log::DirtyLog;
 use super::guest_buf::{Chain, Chains};
+use super::inflight::Inflight;
 use super::memory::GuestMemory;
 use super::split_ring::{Layout, SplitRing};
 
@@ -38,10 +41,16 @@ pub(super) struct Ring {
     awaits_kicks: bool,
     /// The driver broke a rule that leaves no way to go on.
     broken: bool,
+    /// Where requests in flight are noted.
+    inflight: Option<Inflight>,
+    /// Chains that a process before this one took and did not answer.
+    left: VecDeque<u16>,
+    /// Where it is noted which memory was written to.
+    log: Option<Arc<DirtyLog>>,
 }
 
 impl Ring {
-    /// A ring that goes on at `next_avail`; `None` if it does not lie in memory as it must.
+    /// A ring that goes on at `next_avail`, or where `inflight` says it was left; `None` if it does not lie in memory as it must.
     pub(super) fn new(
         index: usize,
         layout: Layout,
@@ -49,10 +58,24 @@ impl Ring {
         next_avail: u16,
         memory: &Arc<GuestMemory>,
         call: Option<File>,
+        mut inflight: Option<Inflight>,
     ) -> Option<Self> {
         let parts = SplitRing::find(memory, &layout)?;
         // SET_VRING_BASE does not tell the used index: it stands in the ring.
         let used = parts.used_index();
+        let mut left: VecDeque<u16> =
+            inflight.as_mut().map(|inflight| inflight.recover(used)).unwrap_or_default().into();
+        left.retain(|head| *head < parts.size());
+        let next_avail = match u16::try_from(left.len()) {
+            Ok(count @ 1..) => {
+                log::info!(
+                    "queue {index}: {count} requests were left in flight and are done again"
+                );
+                // Everything that was made available is answered or in flight.
+                used.wrapping_add(count)
+            }
+            _ => next_avail,
+        };
         Some(Ring {
             parts,
             layout,
@@ -67,6 +90,9 @@ impl Ring {
             told_used: None,
             awaits_kicks: true,
             broken: false,
+            inflight,
+            left,
+            log: None,
         })
     }
 
@@ -74,9 +100,15 @@ impl Ring {
     /// driver that makes them without end holds nobody up.
     pub(super) fn pop(&mut self) -> Option<Chain> {
         for _ in 0..self.parts.size() {
-            let head = self.next_head()?;
+            let (head, again) = match self.left.pop_front() {
+                Some(head) => (head, true),
+                None => (self.next_head()?, false),
+            };
+            if let Some(inflight) = &mut self.inflight {
+                inflight.take(head);
+            }
             match self.chains.resolve(&self.parts, head) {
-                Ok(chain) => return Some(chain),
+                Ok(chain) => return Some(Chain { again, ..chain }),
                 Err(why) => self.refuse(head, why),
             }
         }
@@ -84,7 +116,7 @@ impl Ring {
     }
 
     fn next_head(&mut self) -> Option<u16> {
-        if !self.has_requests() {
+        if !self.has_new_requests() {
             return None;
         }
         let head = self.parts.available(self.next_avail);
@@ -99,6 +131,10 @@ impl Ring {
 
     /// Whether there is a request to pop.
     pub(super) fn has_requests(&mut self) -> bool {
+        !self.left.is_empty() || self.has_new_requests()
+    }
+
+    fn has_new_requests(&mut self) -> bool {
         if self.broken {
             return false;
         }
@@ -124,7 +160,13 @@ impl Ring {
 
     /// Puts a chain into the used ring, with the number of bytes written to it.
     pub(super) fn push(&mut self, head: u16, written: usize) {
+        if let Some(log) = &self.log {
+            self.chains.mark_written(&self.parts, head, log);
+        }
         self.parts.put_used(self.next_used, head, u32::try_from(written).unwrap_or(u32::MAX));
+        if let Some(inflight) = &mut self.inflight {
+            inflight.give(head);
+        }
         self.next_used = self.next_used.wrapping_add(1);
         if self.next_used.wrapping_sub(self.shown_used) >= SHOWN_AT_ONCE {
             self.show();
@@ -134,6 +176,10 @@ impl Ring {
     fn show(&mut self) {
         self.parts.set_used_index(self.next_used);
         self.shown_used = self.next_used;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.shown(self.shown_used);
+        }
+        self.mark_used_ring();
     }
 
     /// Shows the driver the used buffers, and tells it if there are any that it wants to know of. Says whether
@@ -172,6 +218,7 @@ impl Ring {
             true => self.parts.set_kick_event(self.next_avail),
             false => self.parts.set_kicks(true),
         }
+        self.mark_used_ring();
         self.has_requests()
     }
 
@@ -183,7 +230,22 @@ impl Ring {
                 true => self.parts.set_kick_event(self.next_avail.wrapping_sub(1)),
                 false => self.parts.set_kicks(false),
             }
+            self.mark_used_ring();
         }
+    }
+
+    /// The used ring was written to, somewhere.
+    fn mark_used_ring(&self) {
+        if let Some(log) = &self.log {
+            log.mark(self.layout.used.0, self.parts.used_len());
+        }
+    }
+
+    /// Notes from now on, or no longer, which memory is written to. What the requests in flight have written to
+    /// is marked when they are answered.
+    pub(super) fn set_log(&mut self, log: Option<Arc<DirtyLog>>) {
+        self.log = log;
+        self.mark_used_ring();
     }
 
     /// New memory; what is in flight keeps the old one.

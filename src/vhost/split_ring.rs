@@ -13,6 +13,10 @@ use super::memory::GuestMemory;
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT.
 const NO_INTERRUPT: u16 = 1;
+/// Bytes of the used ring: flags, index and event, and for each entry.
+const USED_FIXED: usize = 6;
+const USED_ENTRY: usize = 8;
+
 /// VIRTQ_USED_F_NO_NOTIFY.
 const NO_NOTIFY: u16 = 1;
 
@@ -82,13 +86,18 @@ impl SplitRing {
             size: layout.size,
             descriptors: part(layout.descriptors, DESCRIPTOR_SIZE * size, 16)?,
             available: part(layout.available, 6 + 2 * size, 2)?.cast(),
-            used: part(layout.used, 6 + 8 * size, 4)?.cast(),
+            used: part(layout.used, USED_FIXED + USED_ENTRY * size, 4)?.cast(),
             _memory: Arc::clone(memory),
         })
     }
 
     pub(super) fn size(&self) -> u16 {
         self.size
+    }
+
+    /// Bytes of the used ring.
+    pub(super) fn used_len(&self) -> u64 {
+        (USED_FIXED + USED_ENTRY * usize::from(self.size)) as u64
     }
 
     /// The number at a place of one of the two rings, counted in 16 bits.

@@ -146,6 +146,10 @@ impl<S: Service> State<S> {
                 self.ring.set_memory(&memory);
                 let _ = done.send(());
             }
+            Message::SetLog(log, done) => {
+                self.ring.set_log(log);
+                let _ = done.send(());
+            }
             Message::SetCall(call, done) => {
                 self.ring.set_call(call);
                 let _ = done.send(());

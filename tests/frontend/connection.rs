@@ -1,6 +1,7 @@
 //! One connection to the daemon: negotiation in the orders real front ends use, guest memory,
 //! starting and stopping queues.
 
+use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,8 +15,8 @@ use super::daemon::{Daemon, Diagnosis};
 use super::lun::Lun;
 use super::memory::{GuestMemory, RegionSpec};
 use super::protocol::{
-    Channel, feature, memory_table, protocol_feature, request, single_region, vring_address,
-    vring_state,
+    Channel, feature, inflight, memory_table, protocol_feature, request, single_region,
+    vring_address, vring_state,
 };
 use super::queue::{Completion, Exchange, Queue, Shape, Ticket};
 use super::scsi::{Address, ScsiRequest, ScsiResponse};
@@ -123,6 +124,12 @@ impl FrontEndBuilder {
         self
     }
 
+    /// Keeps the requests in flight for the next daemon.
+    pub fn inflight(mut self) -> Self {
+        self.protocol |= protocol_feature::INFLIGHT_SHMFD;
+        self
+    }
+
     /// The protocol features to negotiate.
     pub fn protocol(mut self, features: u64) -> Self {
         self.protocol = features;
@@ -171,6 +178,7 @@ impl FrontEndBuilder {
             offered: 0,
             offered_protocol: 0,
             masked: EventFd::new(EFD_NONBLOCK).expect("eventfd"),
+            inflight: None,
             next_tag: AtomicU64::new(1),
             diagnosis,
             config: self,
@@ -197,6 +205,8 @@ pub struct FrontEnd {
     /// Stands for QEMU's masked notifier, which is set before the guest's.
     masked: EventFd,
     next_tag: AtomicU64,
+    /// What the first daemon gave us to keep, and how it describes it.
+    inflight: Option<(Vec<u8>, File)>,
     diagnosis: Diagnosis,
     config: FrontEndBuilder,
 }
@@ -226,6 +236,26 @@ impl FrontEnd {
                 self.set_features();
             }
         }
+    }
+
+    /// Goes on with another daemon where the last one has left off, as QEMU does: memory, rings and what is in
+    /// flight stay as they are.
+    #[track_caller]
+    pub fn reconnect(&mut self, daemon: &Daemon) {
+        self.diagnosis = daemon.diagnosis();
+        self.channel = Mutex::new(Channel::new(daemon.connect(), self.diagnosis.clone()));
+        for queue in &self.queues {
+            let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+            queue.set_diagnosis(self.diagnosis.clone());
+        }
+        self.negotiate();
+        self.start_like_qemu();
+        self.barrier();
+    }
+
+    /// What was kept of the requests in flight, to look at or to spoil.
+    pub fn inflight_file(&self) -> &File {
+        &self.inflight.as_ref().expect("INFLIGHT_SHMFD was not negotiated").1
     }
 
     /// Memory and queues.
@@ -266,14 +296,25 @@ impl FrontEnd {
             let queue = self.queue(index);
             self.set_vring_fd(request::SET_VRING_ERR, index, queue.err_fd());
         }
+        if self.has_protocol(protocol_feature::INFLIGHT_SHMFD) && self.inflight.is_none() {
+            let (queues, size) = (self.queues.len() as u16, self.config.queue_size);
+            let asked = inflight(0, 0, queues, size);
+            let kept = self.channel().ask_for_file(request::GET_INFLIGHT_FD, &asked);
+            self.inflight = Some(kept);
+        }
     }
 
     #[track_caller]
     fn start_like_qemu(&self) {
+        if let Some((kept, file)) = &self.inflight {
+            self.set(request::SET_INFLIGHT_FD, kept, &[file.as_raw_fd()], true);
+        }
         self.set_features();
         self.announce_memory();
         for index in self.started() {
-            self.start_queue_without_call(index, 0);
+            // After a daemon's death this is all that QEMU knows.
+            let base = self.queue(index).ring().used_idx();
+            self.start_queue_without_call(index, base);
         }
         for index in 0..self.queues.len() {
             self.enable_queue(index, true);
@@ -351,6 +392,11 @@ impl FrontEnd {
     }
 
     // ----- the connection -------------------------------------------------------------------
+
+    /// The virtio features that are in use.
+    pub fn features(&self) -> u64 {
+        self.config.features
+    }
 
     /// The virtio features that were offered.
     pub fn offered_features(&self) -> u64 {

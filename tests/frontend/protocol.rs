@@ -3,11 +3,12 @@
 //! A message is a header of three native-endian words (request, flags, payload size), the
 //! payload, and file descriptors as ancillary data of the first byte.
 
-use std::io::{IoSlice, Read};
-use std::os::fd::{AsRawFd, RawFd};
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut, Read};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
 
 use super::PATIENCE;
 use super::daemon::Diagnosis;
@@ -157,6 +158,34 @@ impl Channel {
         Some(Reply { request: word(0), flags: word(4), payload })
     }
 
+    /// A request whose reply brings a descriptor.
+    #[track_caller]
+    pub fn ask_for_file(&self, request: u32, payload: &[u8]) -> (Vec<u8>, File) {
+        self.tell(request, payload, &[]);
+        let mut bytes = [0; 256];
+        let mut control = nix::cmsg_space!([RawFd; 1]);
+        let (len, fd) = {
+            let mut iov = [IoSliceMut::new(&mut bytes)];
+            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+            let fd = self.socket.as_raw_fd();
+            let message = recvmsg::<UnixAddr>(fd, &mut iov, Some(&mut control), flags);
+            let message = message.unwrap_or_else(|e| self.diagnosis.fail(&format!("reply: {e}")));
+            let fds = message.cmsgs().unwrap().find_map(|control| match control {
+                ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+                _ => None,
+            });
+            (message.bytes, fds)
+        };
+        let Some(fd) = fd else {
+            self.diagnosis.fail(&format!("no descriptor with the reply to request {request}"));
+        };
+        let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
+        assert_eq!(word(0), request, "a reply to another request");
+        assert_eq!(word(8) as usize, len - HEADER_SIZE, "the reply came in one piece");
+        // SAFETY: the descriptor has just come with the message, and nobody else knows of it.
+        (bytes[HEADER_SIZE..len].to_vec(), unsafe { File::from_raw_fd(fd) })
+    }
+
     fn read_exact(&self, bytes: &mut [u8]) -> Option<()> {
         use std::io::ErrorKind::{TimedOut, WouldBlock};
         match (&self.socket).read_exact(bytes) {
@@ -232,6 +261,13 @@ pub fn vring_address(index: usize, desc: u64, used: u64, avail: u64) -> Vec<u8> 
     let log = 0;
     let words = [index as u32, 0].map(u32::to_ne_bytes).concat();
     [words, [desc, used, avail, log].map(u64::to_ne_bytes).concat()].concat()
+}
+
+/// The payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD, padded as C does it.
+pub fn inflight(size: u64, offset: u64, queues: u16, queue_size: u16) -> Vec<u8> {
+    let words = [size, offset].map(u64::to_ne_bytes).concat();
+    let halves = [queues, queue_size, 0, 0].map(u16::to_ne_bytes).concat();
+    [words, halves].concat()
 }
 
 /// The payload of SET_MEM_TABLE.

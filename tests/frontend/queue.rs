@@ -222,6 +222,15 @@ impl Queue {
         self.in_flight.len()
     }
 
+    /// Used entries for which nothing was in flight.
+    pub fn strays(&self) -> usize {
+        self.raw_done.len()
+    }
+
+    pub fn set_diagnosis(&mut self, diagnosis: Diagnosis) {
+        self.diagnosis = diagnosis;
+    }
+
     /// Forgets everything in flight and starts over with empty rings, as after a device reset.
     pub fn reset(&mut self) {
         for (_, exchange) in std::mem::take(&mut self.in_flight) {

@@ -229,6 +229,12 @@ impl Ring {
         self.next_avail = self.next_avail.wrapping_add(1);
     }
 
+    /// The head in the available entry of this index.
+    pub fn head_of(&self, index: u16) -> u16 {
+        let slot = u64::from(index % self.size);
+        self.mem.load_u16(self.at.avail + 4 + 2 * slot, Ordering::Relaxed)
+    }
+
     /// Makes everything offered visible; true if the device wants a notification.
     pub fn publish(&mut self) -> bool {
         let old = self.published;

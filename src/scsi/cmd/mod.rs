@@ -174,6 +174,8 @@ pub struct Command {
     pub mends: bool,
     /// Runs although a unit attention is due (SAM-6 5.14.5).
     pub exempt_from_attention: bool,
+    /// To do it twice is not what doing it once is.
+    pub once: bool,
     /// Nominal and recommended timeout in seconds (0: none is given).
     pub timeouts: (u32, u32),
     /// What it does.
@@ -388,6 +390,7 @@ const fn row(
         options: &[],
         mends: false,
         exempt_from_attention: false,
+        once: false,
         timeouts,
         handler,
     }
@@ -416,6 +419,11 @@ impl Command {
 
     const fn mends(mut self) -> Self {
         self.mends = true;
+        self
+    }
+
+    const fn once(mut self) -> Self {
+        self.once = true;
         self
     }
 
@@ -512,8 +520,8 @@ pub static TABLE: &[Command] = &[
     row("MODE SENSE(10)", &[0x5a, 0x18, FF, FF, 0, 0, 0, FF, FF, 0], In, NA, QUICK, mode::mode_sense),
     row("WRITE SAME(32)", &WRITE_SAME_32, Out, Write, FLUSH, write_same::write_same).variable(0x0d).options(const { &write_same_options(10) }),
     row("GET LBA STATUS(32)", &GET_LBA_STATUS_32, In, Read, TRANSFER, lba_status::get_lba_status_32).variable(0x12),
-    row("EXTENDED COPY(LID1)", const { &copy_cdb([0, 0, 0, 0], 0) }, Out, Read, LONG, extended_copy::lid1).action(0x00),
-    row("EXTENDED COPY(LID4)", const { &copy_cdb([0, 0, 0, 0], 0) }, Out, Read, LONG, extended_copy::lid4).action(0x01),
+    row("EXTENDED COPY(LID1)", const { &copy_cdb([0, 0, 0, 0], 0) }, Out, Read, LONG, extended_copy::lid1).action(0x00).once(),
+    row("EXTENDED COPY(LID4)", const { &copy_cdb([0, 0, 0, 0], 0) }, Out, Read, LONG, extended_copy::lid4).action(0x01).once(),
     row("POPULATE TOKEN", const { &copy_cdb([FF, FF, FF, FF], GROUP) }, Out, Read, LONG, token::populate).action(0x10),
     row("WRITE USING TOKEN", const { &copy_cdb([FF, FF, FF, FF], GROUP) }, Out, Write, LONG, token::write).action(0x11),
     row("COPY OPERATION ABORT", &[0x83, 0, FF, FF, FF, FF, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], NO, NA, FLUSH, extended_copy::abort).action(0x1c),
