@@ -35,7 +35,8 @@ fn one(session: &Session, input: &mut Input<'_>) {
         _ => 2,
     };
     let entries = input.byte();
-    let jump = if entries >= 0xf0 { u16::from(entries) << 4 } else { u16::from(entries) % (SIZE + 1) };
+    let jump =
+        if entries >= 0xf0 { u16::from(entries) << 4 } else { u16::from(entries) % (SIZE + 1) };
     let mut image = vec![0; MEMORY as usize];
     for index in 0..usize::from(SIZE) {
         // Addresses near the memory there is, lengths near what requests have.

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use thinlun::scsi::{
-    Addressed, Cdb, Delivery, Lun, LunNumber, LunSettings, Nexus, Outcome, Plan, Request, Status, Target, execute,
+    Addressed, Cdb, Delivery, Lun, LunNumber, LunSettings, Nexus, Outcome, Plan, Request, Status,
+    Target, execute,
 };
 use thinlun::store::engine::Cancel;
 use thinlun::store::mem::MemStore;
@@ -37,7 +38,9 @@ pub fn target(options: u8) -> Target {
             },
             write_cache: options & 16 == 0,
         };
-        Arc::new(Lun::new(settings, index.into(), Arc::new(store) as Arc<dyn Store>).expect("a disk"))
+        Arc::new(
+            Lun::new(settings, index.into(), Arc::new(store) as Arc<dyn Store>).expect("a disk"),
+        )
     });
     Target::new(disks.collect())
 }
@@ -65,8 +68,12 @@ impl Bench {
         let nexus = &self.nexuses[usize::from(who & 1)];
         let data_in = Buffers::zeroed(room).expect("memory");
         data_in.write_at(0, &vec![POISON; room]);
-        let request =
-            Request { cdb: Cdb::new(cdb), data_out: Buffers::copy_of(out).expect("memory"), data_in: data_in.clone(), again: who & 32 != 0 };
+        let request = Request {
+            cdb: Cdb::new(cdb),
+            data_out: Buffers::copy_of(out).expect("memory"),
+            data_in: data_in.clone(),
+            again: who & 32 != 0,
+        };
         let address = match who >> 2 & 3 {
             0..=2 => Addressed::Disk(lun),
             _ if who & 16 == 0 => Addressed::WellKnown(0),
@@ -74,7 +81,9 @@ impl Bench {
         };
         let outcome = match execute(&self.target, nexus, &address, request) {
             Plan::Done(outcome) => outcome,
-            Plan::Transfer(transfer, operation) => transfer.finish(lun, operation.run(lun.store().as_ref())),
+            Plan::Transfer(transfer, operation) => {
+                transfer.finish(lun, operation.run(lun.store().as_ref()))
+            }
             Plan::Job(job) => job(&Cancel::default()),
         };
         check(&outcome, out.len().max(room));

@@ -39,8 +39,10 @@ fn message(stream: &UnixStream, input: &mut Input<'_>, [memory, event]: [RawFd; 
     let request = u32::from(input.byte() % 48);
     let kind = input.byte();
     // Nearly always the flags of version 1.
-    let flags = if kind & 0xc0 == 0xc0 { u32::from(input.byte()) } else { 1 | u32::from(kind & 1) << 3 };
-    let fds: Vec<RawFd> = (0..kind >> 1 & 7).map(|n| if kind & 16 == 0 || n > 1 { memory } else { event }).collect();
+    let flags =
+        if kind & 0xc0 == 0xc0 { u32::from(input.byte()) } else { 1 | u32::from(kind & 1) << 3 };
+    let fds: Vec<RawFd> =
+        (0..kind >> 1 & 7).map(|n| if kind & 16 == 0 || n > 1 { memory } else { event }).collect();
     let len = usize::from(input.byte());
     let payload = input.bytes(len);
     let size = if kind & 32 != 0 { u32::from(input.u16()) } else { len as u32 };

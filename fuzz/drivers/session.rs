@@ -16,8 +16,12 @@ use thinlun::vhost::{Device, Offer};
 use super::disk;
 
 pub fn device() -> Arc<Device> {
-    let offer =
-        Offer { request_queues: 1, config_space: true, engine: EngineKind::Threads, poll: Duration::ZERO };
+    let offer = Offer {
+        request_queues: 1,
+        config_space: true,
+        engine: EngineKind::Threads,
+        poll: Duration::ZERO,
+    };
     Arc::new(Device::new(Arc::new(disk::target(32)), offer))
 }
 
@@ -28,11 +32,22 @@ pub fn memfd(size: u64) -> File {
 }
 
 /// Sends a message with the header as it is given. An error is the other end's hanging up.
-pub fn send(stream: &UnixStream, header: [u32; 3], payload: &[u8], fds: &[RawFd]) -> nix::Result<()> {
+pub fn send(
+    stream: &UnixStream,
+    header: [u32; 3],
+    payload: &[u8],
+    fds: &[RawFd],
+) -> nix::Result<()> {
     let bytes = [header.map(u32::to_ne_bytes).concat(), payload.to_vec()].concat();
     let rights = [ControlMessage::ScmRights(fds)];
     let control = if fds.is_empty() { &[][..] } else { &rights[..] };
-    sendmsg::<UnixAddr>(stream.as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None)?;
+    sendmsg::<UnixAddr>(
+        stream.as_raw_fd(),
+        &[IoSlice::new(&bytes)],
+        control,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?;
     Ok(())
 }
 
@@ -58,13 +73,17 @@ impl Session {
         let features: u64 = 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32;
         session.tell(2, &features.to_ne_bytes(), &[]);
         session.tell(16, &1u64.to_ne_bytes(), &[]);
-        let table = [&[1u32, 0].map(u32::to_ne_bytes).concat()[..], &[0, size, USER, 0].map(u64::to_ne_bytes).concat()];
+        let table = [
+            &[1u32, 0].map(u32::to_ne_bytes).concat()[..],
+            &[0, size, USER, 0].map(u64::to_ne_bytes).concat(),
+        ];
         session.tell(5, &table.concat(), &[session.memory.as_raw_fd()]);
         session
     }
 
     fn tell(&self, request: u32, payload: &[u8], fds: &[RawFd]) {
-        send(&self.stream, [request, VERSION, payload.len() as u32], payload, fds).expect("the device hung up");
+        send(&self.stream, [request, VERSION, payload.len() as u32], payload, fds)
+            .expect("the device hung up");
     }
 
     fn state(index: u32, number: u32) -> Vec<u8> {
@@ -72,10 +91,17 @@ impl Session {
     }
 
     /// Starts a queue whose parts lie at these guest addresses.
-    pub fn start(&self, index: u32, size: u32, [descriptors, available, used]: [u64; 3], kick: RawFd) {
+    pub fn start(
+        &self,
+        index: u32,
+        size: u32,
+        [descriptors, available, used]: [u64; 3],
+        kick: RawFd,
+    ) {
         self.tell(8, &Self::state(index, size), &[]);
         self.tell(10, &Self::state(index, 0), &[]);
-        let at = [USER + descriptors, USER + used, USER + available, 0].map(u64::to_ne_bytes).concat();
+        let at =
+            [USER + descriptors, USER + used, USER + available, 0].map(u64::to_ne_bytes).concat();
         self.tell(9, &[&Self::state(index, 0)[..], &at].concat(), &[]);
         self.tell(12, &u64::from(index).to_ne_bytes(), &[kick]);
         self.tell(18, &Self::state(index, 1), &[]);
