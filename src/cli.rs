@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::sandbox::Violation;
 use crate::store::engine::EngineKind;
 use crate::vhost::MAX_REQUEST_QUEUES;
 
@@ -40,6 +41,15 @@ pub struct Cli {
           value_parser = clap::value_parser!(u32).range(0..=MAX_POLL))]
     pub poll_us: u32,
 
+    /// Give up, once everything is open, what serving does not need: privileges, capabilities, other files,
+    /// system calls.
+    #[arg(long, value_enum, default_value_t = Sandbox::Strict)]
+    pub sandbox: Sandbox,
+
+    /// What becomes of a system call that serving does not need.
+    #[arg(long, value_enum, default_value_t = Seccomp::Kill)]
+    pub seccomp: Seccomp,
+
     /// Print what this program can do, as JSON for management software, and exit.
     #[arg(long)]
     pub print_capabilities: bool,
@@ -55,6 +65,36 @@ pub struct Cli {
 
 /// Longest `--poll-us`: a queue that looks for requests is slower to hear of anything else.
 const MAX_POLL: i64 = 1000;
+
+/// `--sandbox`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Sandbox {
+    /// All of it.
+    Strict,
+    /// Nothing of it.
+    None,
+}
+
+/// `--seccomp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Seccomp {
+    /// The process is killed.
+    Kill,
+    /// The kernel logs it.
+    Log,
+    /// Nothing; it is not looked at.
+    None,
+}
+
+impl From<Seccomp> for Option<Violation> {
+    fn from(seccomp: Seccomp) -> Self {
+        match seccomp {
+            Seccomp::Kill => Some(Violation::Kill),
+            Seccomp::Log => Some(Violation::Log),
+            Seccomp::None => None,
+        }
+    }
+}
 
 /// `--io-engine`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -29,7 +29,7 @@ struct Migration {
 
 impl Migration {
     fn begin(fe: &FrontEnd) -> Self {
-        let region = fe.memory().regions()[0].clone();
+        let region = fe.memory().regions()[0];
         let pages = (region.guest_address + region.size) as usize / PAGE;
         let log = File::from(memfd_create(c"log", MFdFlags::empty()).unwrap());
         log.set_len(pages.div_ceil(8).next_multiple_of(PAGE) as u64).unwrap();

@@ -5,18 +5,21 @@ mod socket;
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::cli::{Cli, IoEngine};
+use crate::cli::{Cli, IoEngine, Sandbox};
 use crate::config::{DiskConfig, StartError, open_disks};
+use crate::sandbox::{self, Reach, Role};
 use crate::scsi::{Target, background};
 use crate::store::engine::uring;
+use crate::store::file::stable_name;
 use crate::vhost::{Device, Offer};
 use signals::{Signal, Signals};
 use socket::{Endpoint, Socket};
@@ -57,6 +60,7 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
             unit.store().capabilities().ways
         );
     }
+    lock_in(cli, &disks)?;
     units.iter().for_each(background::resume);
     let offer = Offer {
         request_queues: cli.num_queues.into(),
@@ -66,6 +70,23 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
     };
     let device = Arc::new(Device::new(Arc::new(Target::new(units)), offer));
     serve(&device, socket, &signals).map_err(|e| StartError::host(e.to_string()))
+}
+
+/// Leaves nothing that serving does not need.
+fn lock_in(cli: &Cli, disks: &[DiskConfig]) -> Result<(), StartError> {
+    if cli.sandbox == Sandbox::None {
+        log::warn!("--sandbox=none: a fault in this process can do what its user can");
+        return Ok(());
+    }
+    let folder = |path: &Path| Some(stable_name(path).ok()?.parent()?.to_path_buf());
+    let beside = disks.iter().filter_map(|disk| folder(&disk.path)).map(Reach::Beside);
+    let socket = cli.socket_path.iter().filter_map(|path| folder(path)).map(Reach::Socket);
+    let reach: Vec<Reach> = beside.chain(socket).collect();
+    let missing = sandbox::enter(&reach, cli.seccomp.into()).map_err(|e| {
+        StartError::host(format!("--sandbox=strict: {e}; --sandbox=none does without"))
+    })?;
+    missing.iter().for_each(|what| log::warn!("{what}"));
+    Ok(())
 }
 
 /// Serves one connection after another until a signal says to end, or the only connection there is
@@ -131,7 +152,7 @@ impl Serving {
         log::info!("front end connected");
         let done = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let (device, served, end) = (Arc::clone(device), stream.try_clone()?, Arc::clone(&done));
-        let thread = thread::Builder::new().name("connection".into()).spawn(move || {
+        let thread = sandbox::spawn("connection".into(), Role::Connection, move || {
             device.serve(served);
             let _ = end.write(1);
         })?;

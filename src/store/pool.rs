@@ -3,8 +3,9 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
+
+use crate::sandbox::{self, Role};
 
 /// How long a thread waits for more work before it ends.
 const IDLE: Duration = Duration::from_secs(5);
@@ -101,8 +102,7 @@ impl Pool {
 
     fn start_thread(&self) {
         let shared = Arc::clone(&self.shared);
-        let spawned =
-            thread::Builder::new().name(self.shared.name.clone()).spawn(move || serve(&shared));
+        let spawned = sandbox::spawn(self.shared.name.clone(), Role::Disk, move || serve(&shared));
         if let Err(error) = spawned {
             log::warn!("{}: cannot start a thread: {error}", self.shared.name);
             let mut state = self.shared.state();

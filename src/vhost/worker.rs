@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -15,6 +15,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::message::{Mailbox, Message};
 use super::ring::Ring;
+use crate::sandbox::{self, Role};
 
 /// What a queue is for. All methods are called on the queue's own thread and must not block.
 pub(super) trait Service {
@@ -75,7 +76,7 @@ impl Worker {
         let service = make(Arc::clone(&wake));
         let spin = poll.map(Spin::new);
         let state = State { ring, service, kick: Some(kick), wake, inbox, spin };
-        let thread = thread::Builder::new().name(name).spawn(move || state.run())?;
+        let thread = sandbox::spawn(name, Role::Queue, move || state.run())?;
         Ok(Worker { mailbox, thread })
     }
 

@@ -2,12 +2,12 @@
 //! token was made where the host can keep them so, or as they are when it is used.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use zerocopy::{Immutable, IntoBytes, Unaligned};
 
 use super::segment::transfer;
+use crate::sandbox::{self, Role};
 use crate::scsi::lun::{ByteRange, Lun};
 use crate::scsi::sense::{ScsiError, asc};
 use crate::scsi::wire::{U16, U32, U64};
@@ -283,7 +283,7 @@ impl Rods {
             return;
         }
         let shared = Arc::clone(&self.shared);
-        let spawned = thread::Builder::new().name("tokens".into()).spawn(move || shared.wait());
+        let spawned = sandbox::spawn("tokens".into(), Role::Timer, move || shared.wait());
         state.reaping = spawned.is_ok();
     }
 }
