@@ -9,6 +9,7 @@ use crate::scsi::address::MAX_LUN;
 use crate::scsi::{DetectZeroes, Lun, LunNumber, LunSettings};
 use crate::store::Store;
 use crate::store::budget::Budget;
+use crate::store::faults::{Fault, Faults};
 use crate::store::file::{FileStore, OpenError, OpenOptionsFor, Provision, create, stable_name};
 
 /// Why the program does not start, and its exit status.
@@ -85,6 +86,8 @@ pub struct DiskConfig {
     pub provision: Provision,
     /// Most bytes of space that the file may take, if there is such a limit.
     pub space_limit: Option<u64>,
+    /// How its host fails, on request.
+    pub faults: Vec<Fault>,
 }
 
 impl DiskConfig {
@@ -113,6 +116,7 @@ impl DiskConfig {
             detect_zeroes: DetectZeroes::default(),
             provision: Provision::default(),
             space_limit: None,
+            faults: Vec::new(),
         };
         let mut seen = BTreeSet::new();
         for option in parts {
@@ -145,6 +149,10 @@ impl DiskConfig {
             "wwn" => self.naa = Some(naa(given(value)?)?),
             "size" => self.size = Some(size(given(value)?)?),
             "space-limit" => self.space_limit = Some(size(given(value)?)?),
+            "fault" => {
+                let faults = given(value)?.split('+').map(str::parse);
+                self.faults = faults.collect::<Result<_, _>>()?;
+            }
             "discard" => self.discard = switch(value)?,
             "discard-granularity" => self.discard_granularity = Some(size(given(value)?)?),
             "detect-zeroes" => {
@@ -243,8 +251,15 @@ impl DiskConfig {
         given.unwrap_or(store.capabilities().host_block).max(self.block_size)
     }
 
-    /// The store with its budget, if it has one.
-    fn limited(&self, store: FileStore) -> Result<Arc<dyn Store>, StartError> {
+    /// The store with its budget or its faults, if it has any.
+    fn wrapped(&self, store: FileStore) -> Result<Arc<dyn Store>, StartError> {
+        if !self.faults.is_empty() {
+            let faults = Faults::new(store, self.faults.clone());
+            return match self.space_limit {
+                None => Ok(Arc::new(faults)),
+                Some(_) => Err(StartError::usage("fault= and space-limit= exclude each other")),
+            };
+        }
         let Some(limit) = self.space_limit else { return Ok(Arc::new(store)) };
         match store.space() {
             Ok(Some(_)) => Ok(Arc::new(Budget::new(store, limit))),
@@ -321,7 +336,7 @@ pub fn open_disks(disks: &[DiskConfig]) -> Result<Vec<Arc<Lun>>, StartError> {
     let mut units = Vec::new();
     for (((index, store), disk), lun) in open.into_iter().zip(disks).zip(luns) {
         let settings = disk.settings(lun, &store)?;
-        let unit = Lun::new(settings, index, disk.limited(store)?);
+        let unit = Lun::new(settings, index, disk.wrapped(store)?);
         units.push(Arc::new(unit.map_err(|e| disk.host_error(&e.to_string()))?));
     }
     created.keep();

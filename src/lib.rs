@@ -25,6 +25,7 @@
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod logger;
 pub mod map;
 pub mod sandbox;
 pub mod scsi;

@@ -7,9 +7,7 @@ use thinlun::cli::{Cli, Command};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
-        .format_target(false)
-        .init();
+    thinlun::logger::begin();
     let result = match &cli.command {
         Some(Command::Map(args)) => thinlun::map::run(args),
         None => thinlun::daemon::run(&cli),

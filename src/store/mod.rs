@@ -10,6 +10,7 @@ pub mod buffers;
 pub mod copy;
 pub mod engine;
 pub mod extents;
+pub mod faults;
 mod fiemap;
 pub mod file;
 pub mod lock;

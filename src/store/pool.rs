@@ -173,7 +173,7 @@ mod tests {
         assert!(pool.is_busy());
         release.send(()).unwrap();
         while pool.is_busy() {
-            thread::yield_now();
+            std::thread::yield_now();
         }
     }
 }

@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -60,7 +61,35 @@ impl Mount {
             Kind::Btrfs => run("mkfs.btrfs", &["-q"], &image)?,
             Kind::Tmpfs => {}
         }
+        self.mount()
+    }
+
+    fn mount(&self) -> Result<(), String> {
+        let image = self.directory.path().join("image");
         run("mount", &["-o", "loop", image.to_str().unwrap()], &self.path())
+    }
+
+    /// Takes the file system down as a lost disk would: nothing more reaches it, its log included. Says whether it
+    /// could.
+    pub fn go_down(&self) -> bool {
+        /// EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN.
+        const GO_DOWN: libc::c_ulong = 0x8004_587d;
+        const WITHOUT_LOG: u32 = 2;
+        let top = File::open(self.path()).unwrap();
+        // SAFETY: the call reads one number.
+        unsafe { libc::ioctl(top.as_raw_fd(), GO_DOWN, &WITHOUT_LOG) == 0 }
+    }
+
+    /// Mounts it again, which replays its log. Nobody may have files open there.
+    #[track_caller]
+    pub fn remount(&mut self) {
+        let path = self.path();
+        let done = (0..100).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            run("umount", &[], &path).is_ok()
+        });
+        assert!(done, "{} stays busy", path.display());
+        self.mount().unwrap();
     }
 }
 

@@ -1,0 +1,288 @@
+//! A host that fails: every error has its sense data, nothing is called good that was not, and when the host is well
+//! again the guest goes on.
+
+mod frontend;
+mod mounts;
+
+use std::time::{Duration, Instant};
+
+use frontend::connection::FIRST_REQUEST_QUEUE;
+use frontend::daemon::Scratch;
+use frontend::pattern::{Rng, assert_same, blocks};
+use frontend::scsi::{key, response, sense, status};
+use frontend::*;
+use mounts::{Kind, Mount, skipped};
+
+const SIZE: u64 = 4 * MIB;
+
+fn failing(faults: &str) -> Daemon {
+    Daemon::with_disk(SIZE, &format!("fault={faults}"))
+}
+
+const READ_ERROR: sense::Code = (key::MEDIUM_ERROR, 0x11, 0);
+const WRITE_ERROR: sense::Code = (key::MEDIUM_ERROR, 0x0c, 0);
+
+#[test]
+fn every_error_of_the_host_has_its_sense() {
+    // Of the blocks 16 to 31 of 512 bytes.
+    for (effect, reading, writing) in [
+        ("eio", Some(READ_ERROR), Some(WRITE_ERROR)),
+        ("enospc", None, Some(sense::SPACE_ALLOCATION_FAILED)),
+        ("erofs", None, Some(sense::WRITE_PROTECTED)),
+        ("half", Some(READ_ERROR), Some(WRITE_ERROR)),
+    ] {
+        for (operation, code) in [("read", reading), ("write", writing)] {
+            let Some(code) = code else { continue };
+            let daemon = failing(&format!("{operation}:{effect}@8192-16384*1"));
+            let fe = FrontEnd::connect(&daemon);
+            let lun = fe.ready_lun(0, 0);
+            let data = blocks(0, 64, 512, 1);
+            let run = || match operation {
+                "read" => lun.run_in(cdb::read16(0, 64), 64 * 512),
+                _ => lun.run_out(cdb::write16(0, 64), &data),
+            };
+            let answer = run();
+            let told = answer.expect_sense(code);
+            if code.0 == key::MEDIUM_ERROR || code == sense::SPACE_ALLOCATION_FAILED {
+                let first = if effect == "half" { 32 } else { 16 };
+                assert_eq!(told.information, Some(first), "{operation}:{effect}");
+            }
+            run().expect_good();
+        }
+    }
+}
+
+#[test]
+fn a_host_without_resources_is_busy() {
+    for operation in ["read", "write", "flush"] {
+        let daemon = failing(&format!("{operation}:enomem*1"));
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        let run = || match operation {
+            "read" => lun.run_in(cdb::read16(0, 8), 4096),
+            "write" => lun.run_out(cdb::write16(0, 8), &[1; 4096]),
+            _ => lun.run(cdb::synchronize_cache10(0, 0)),
+        };
+        let answer = run();
+        assert_eq!((answer.response, answer.status), (response::OK, status::BUSY), "{operation}");
+        run().expect_good();
+    }
+}
+
+/// What a flush could not make safe is not called safe, whichever way the flush was asked for.
+#[test]
+fn a_failed_flush_is_told() {
+    for faults in ["flush:eio*1", "flush:enospc*1"] {
+        let daemon = failing(faults);
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        lun.write16(0, &[1; 4096]);
+        let answer = lun.run(cdb::synchronize_cache10(0, 0));
+        assert_eq!(answer.status, status::CHECK_CONDITION, "{faults}: {answer:?}");
+        lun.synchronize_cache();
+    }
+    // FUA where the write itself is made stable.
+    let daemon = failing("write:eio*1");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let fua = lun.run_out(cdb::write16(0, 8).byte(1, 8), &[1; 4096]);
+    fua.expect_sense(WRITE_ERROR);
+}
+
+#[test]
+fn what_frees_reserves_and_copies_fails_as_it_should() {
+    let daemon = failing("discard:eio*1+zero:enospc*1");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let list = cdb::unmap_list(&[(8, 8)]);
+    let unmap = |anchor| lun.run_out(cdb::unmap(anchor, list.len() as u16), &list);
+    unmap(false).expect_sense(WRITE_ERROR);
+    unmap(true).expect_sense(sense::SPACE_ALLOCATION_FAILED);
+    unmap(false).expect_good();
+    unmap(true).expect_good();
+}
+
+/// A disk whose host hangs holds up neither another disk on the same queue nor task management of it, and the abort of
+/// what hangs is answered when that has ended, not before.
+#[test]
+fn a_disk_that_hangs_hangs_alone() {
+    let scratch = Scratch::new();
+    let (slow, quick) = (scratch.image("slow.img", SIZE), scratch.image("quick.img", SIZE));
+    let daemon = Daemon::builder(&scratch)
+        .disk(&slow, "fault=write:delay-ms-1500@0-4096")
+        .disk(&quick, "")
+        .spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let (slow, quick) = (fe.ready_lun(0, 0), fe.ready_lun(0, 1));
+    let write = slow.request(cdb::write16(0, 8)).data_out(vec![1; 4096]).tag(77);
+    let start = Instant::now();
+    let ticket = slow.submit(&write);
+    for n in 0..50 {
+        quick.write16(n * 8, &[2; 4096]);
+        slow.write16(1024 + n * 8, &[2; 4096]);
+    }
+    assert_eq!(fe.tmf(Tmf::AbortTaskSet, quick.address, 0), response::FUNCTION_COMPLETE);
+    assert_eq!(fe.tmf(Tmf::QueryTask, slow.address, 77), response::FUNCTION_SUCCEEDED);
+    assert!(fe.queue(FIRST_REQUEST_QUEUE).try_take(ticket).is_none(), "it hangs no longer");
+    assert_eq!(fe.tmf(Tmf::AbortTask, slow.address, 77), response::FUNCTION_COMPLETE);
+    assert!(start.elapsed() >= Duration::from_millis(1500), "aborted before its end");
+    let answer = fe.queue(FIRST_REQUEST_QUEUE).try_take(ticket).expect("answered before the abort");
+    assert_eq!(ScsiResponse::parse(&answer).response, response::ABORTED);
+}
+
+/// A file that is cut off under the disk: what is not there reads as zeroes, nobody dies of it, and writes bring it
+/// back.
+#[test]
+fn a_file_that_is_truncated_is_survived() {
+    for options in ["", "cache=direct"] {
+        let daemon = Daemon::with_disk(SIZE, options);
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        let data = blocks(0, 64, 512, 3);
+        lun.write16(4096, &data);
+        let file = std::fs::OpenOptions::new().write(true).open(daemon.disk()).unwrap();
+        file.set_len(MIB).unwrap();
+        assert_same(&lun.read16(4096, 64), &[0; 64 * 512], "behind the end");
+        lun.write16(4096, &data);
+        assert_same(&lun.read16(4096, 64), &data, "written anew");
+        daemon.sighup();
+        eventually("a unit attention", || !lun.clear_unit_attentions().is_empty());
+        assert_eq!(lun.capacity().0, 4096 + 64);
+        let behind = lun.run_in(cdb::read16(SIZE / 512 - 8, 8), 4096);
+        behind.expect_sense(sense::LBA_OUT_OF_RANGE);
+        file.set_len(SIZE).unwrap();
+        daemon.sighup();
+        eventually("a unit attention", || !lun.clear_unit_attentions().is_empty());
+        assert_eq!(lun.capacity().0, SIZE / 512);
+    }
+}
+
+/// Another file takes the name: the disk stays the one it was.
+#[test]
+fn a_file_that_is_replaced_stays_the_disk() {
+    let daemon = Daemon::with_disk(SIZE, "");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    lun.write16(0, &[1; 4096]);
+    let other = daemon.disk().with_extension("new");
+    std::fs::write(&other, vec![9; SIZE as usize]).unwrap();
+    std::fs::rename(&other, daemon.disk()).unwrap();
+    assert_eq!(lun.read16(0, 8), [1; 4096]);
+    lun.write16(0, &[2; 4096]);
+    assert_eq!(lun.read16(0, 8), [2; 4096]);
+    assert_eq!(std::fs::read(daemon.disk()).unwrap()[..4096], [9; 4096]);
+}
+
+/// A file system that goes down under the disk (as after a lost cable): errors, no death, and no GOOD for what is not
+/// there.
+#[test]
+fn a_file_system_that_goes_down_is_told() {
+    for kind in [Kind::Ext4, Kind::Xfs] {
+        let Some(mount) = Mount::new(kind, 320) else { continue };
+        let disk = mount.path().join("disk.img");
+        std::fs::File::create(&disk).unwrap().set_len(SIZE).unwrap();
+        let scratch = Scratch::new();
+        let daemon = Daemon::builder(&scratch).disk(&disk, "").spawn();
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        lun.write16(0, &[1; 4096]);
+        lun.synchronize_cache();
+        if !mount.go_down() {
+            skipped(&format!("{kind:?} cannot be shut down here"));
+            continue;
+        }
+        let write = lun.run_out(cdb::write16(0, 8), &[2; 4096]);
+        let flush = lun.run(cdb::synchronize_cache10(0, 0));
+        assert!(!(write.is_good() && flush.is_good()), "{kind:?}: {write:?} {flush:?}");
+        assert!(!lun.run(cdb::synchronize_cache10(0, 0)).is_good(), "{kind:?}: still down");
+        lun.inquiry();
+    }
+}
+
+const BLOCK: usize = 4096;
+const PLACES: u64 = 256;
+
+/// The power goes at any moment (the file system goes down with nothing more reaching its disk, and comes up again by
+/// its log): what was flushed is there, what was not may be there or not, and nothing else is.
+#[test]
+fn what_was_flushed_survives_a_power_cut() {
+    for kind in [Kind::Ext4, Kind::Xfs] {
+        let Some(mut mount) = Mount::new(kind, 320) else { continue };
+        let mut rng = Rng::new(kind as u64 + 1);
+        for round in 0..6 {
+            let disk = mount.path().join(format!("disk{round}.img"));
+            std::fs::File::create(&disk).unwrap().set_len(PLACES * BLOCK as u64).unwrap();
+            std::fs::File::open(&disk).unwrap().sync_all().unwrap();
+            std::fs::File::open(mount.path()).unwrap().sync_all().unwrap();
+            let options = ["", "cache=direct", "cache=writethrough"][round % 3];
+            let possible = worked_on(&disk, options, &mut rng, || mount.go_down());
+            let Some(possible) = possible else {
+                skipped(&format!("{kind:?} cannot be shut down here"));
+                break;
+            };
+            mount.remount();
+            let bytes = std::fs::read(&disk).unwrap();
+            for (place, stamps) in possible.iter().enumerate() {
+                let found = &bytes[place * BLOCK..][..BLOCK];
+                let matches = |stamp: &u64| found == contents(place as u64, *stamp);
+                // A block that was written twice since the flush may be either, and a sector of it as well.
+                let sectors = found.chunks(512).enumerate().all(|(n, sector)| {
+                    stamps.iter().any(|s| sector == &contents(place as u64, *s)[n * 512..][..512])
+                });
+                assert!(
+                    stamps.iter().any(matches) || sectors,
+                    "{kind:?} {options}: place {place}, {stamps:?}"
+                );
+            }
+        }
+    }
+}
+
+fn contents(place: u64, stamp: u64) -> Vec<u8> {
+    if stamp == 0 { vec![0; BLOCK] } else { blocks(place, BLOCK / 512, 512, stamp) }
+}
+
+/// Random writes, frees and flushes, and then the cut. Returns what each place may hold after it.
+fn worked_on(
+    disk: &std::path::Path,
+    options: &str,
+    rng: &mut Rng,
+    cut: impl FnOnce() -> bool,
+) -> Option<Vec<Vec<u64>>> {
+    let scratch = Scratch::new();
+    let mut daemon = Daemon::builder(&scratch).disk(disk, options).spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let mut possible = vec![vec![0u64]; PLACES as usize];
+    for stamp in 1..400 {
+        let place = rng.below(PLACES);
+        let lba = place * (BLOCK / 512) as u64;
+        match rng.below(12) {
+            0 => {
+                lun.synchronize_cache();
+                for stamps in &mut possible {
+                    stamps.drain(..stamps.len() - 1);
+                }
+            }
+            1 => {
+                let list = cdb::unmap_list(&[(lba, 8)]);
+                lun.run_out(cdb::unmap(false, list.len() as u16), &list).expect_good();
+                possible[place as usize].push(0);
+            }
+            2 => {
+                lun.run_out(cdb::write16(lba, 8).byte(1, 8), &contents(place, stamp)).expect_good();
+                possible[place as usize] = vec![stamp];
+            }
+            _ => {
+                lun.write16(lba, &contents(place, stamp));
+                possible[place as usize].push(stamp);
+                if options == "cache=writethrough" {
+                    possible[place as usize] = vec![stamp];
+                }
+            }
+        }
+    }
+    let down = cut();
+    daemon.kill();
+    down.then_some(possible)
+}
