@@ -172,6 +172,7 @@ Disk options (a comma in a path or value is doubled; without lun= the disks are 
   discard-granularity=N size in which unmapping pays (default: the host file's block)
   serial=TEXT, wwn=HEX  unit serial number and NAA name (default: made from the path)
   rotational            look like a disk that turns
+  locking=off           do not lock the file: for the daemon that a guest migrates to
   fault=OP:EFFECT[@FROM-TO][*COUNT][+...]  let the host fail: OP read, write, flush, discard, zero,
                         copy or any; EFFECT eio, enospc, erofs, enomem, half or delay-ms-N
 

@@ -86,6 +86,8 @@ pub struct DiskConfig {
     pub provision: Provision,
     /// Most bytes of space that the file may take, if there is such a limit.
     pub space_limit: Option<u64>,
+    /// Keep other processes away from the file.
+    pub locking: bool,
     /// How its host fails, on request.
     pub faults: Vec<Fault>,
 }
@@ -116,6 +118,7 @@ impl DiskConfig {
             detect_zeroes: DetectZeroes::default(),
             provision: Provision::default(),
             space_limit: None,
+            locking: true,
             faults: Vec::new(),
         };
         let mut seen = BTreeSet::new();
@@ -153,6 +156,7 @@ impl DiskConfig {
                 let faults = given(value)?.split('+').map(str::parse);
                 self.faults = faults.collect::<Result<_, _>>()?;
             }
+            "locking" => self.locking = switch(value)?,
             "discard" => self.discard = switch(value)?,
             "discard-granularity" => self.discard_granularity = Some(size(given(value)?)?),
             "detect-zeroes" => {
@@ -221,6 +225,7 @@ impl DiskConfig {
             read_only: self.read_only,
             direct: self.cache == CacheMode::Direct,
             block_size: self.block_size,
+            locking: self.locking,
         }
     }
 

@@ -37,6 +37,9 @@ pub struct OpenOptionsFor {
     pub direct: bool,
     /// Smallest transfer there will be, in bytes; the size must be a multiple of it.
     pub block_size: u32,
+    /// Keep other processes away from it, and stay away if there is one. Off for the other end of a migration,
+    /// which opens the file while this end still has it.
+    pub locking: bool,
 }
 
 /// A regular file or a block device, open and locked.
@@ -129,7 +132,11 @@ impl FileStore {
         if !(kind.is_file() || (kind.is_block_device() && block_device)) {
             return Err("changed while it was being opened; try again".into());
         }
-        lock_image_soon(&file, options.read_only).map_err(|e| match e {
+        let locked = match options.locking {
+            true => lock_image_soon(&file, options.read_only),
+            false => Ok(()),
+        };
+        locked.map_err(|e| match e {
             LockError::InUse => OpenError::from(
                 "is in use by another process (QEMU, qemu-img or thinlun); stop that one, or open \
                  it readonly on both sides",
@@ -152,7 +159,8 @@ impl FileStore {
     /// # Errors
     /// A sentence for people if it is no disk or cannot be read.
     pub fn inspect(path: &Path) -> Result<Self, OpenError> {
-        let options = OpenOptionsFor { read_only: true, direct: false, block_size: 512 };
+        let options =
+            OpenOptionsFor { read_only: true, direct: false, block_size: 512, locking: false };
         if let Err(error) = path.metadata() {
             // Not the advice to create it that a disk to be served gets.
             let absent = error.kind() == ErrorKind::NotFound;
@@ -650,7 +658,7 @@ mod tests {
     use super::*;
 
     const PLAIN: OpenOptionsFor =
-        OpenOptionsFor { read_only: false, direct: false, block_size: 512 };
+        OpenOptionsFor { read_only: false, direct: false, block_size: 512, locking: true };
 
     #[test]
     fn a_file_that_shrank_reads_zeroes_beyond_its_end() {

@@ -376,7 +376,8 @@ mod tests {
             for direct in [true, false] {
                 let file = tempfile::NamedTempFile::new().unwrap();
                 file.as_file().set_len(4 << 20).unwrap();
-                let options = OpenOptionsFor { read_only: false, direct, block_size: 4096 };
+                let options =
+                    OpenOptionsFor { read_only: false, direct, block_size: 4096, locking: true };
                 let Ok(store) = FileStore::open(file.path(), &options) else { continue };
                 let store: Arc<dyn Store> = Arc::new(store);
                 let wake = Arc::new(EventFd::new().unwrap());
