@@ -146,7 +146,7 @@ fn assert_holds(
 }
 
 fn options(direct: bool) -> OpenOptionsFor {
-    OpenOptionsFor { read_only: false, direct, block_size: BLOCK as u32 }
+    OpenOptionsFor { read_only: false, direct, block_size: BLOCK as u32, locking: true }
 }
 
 fn fresh_file(path: &Path, size: u64) {
