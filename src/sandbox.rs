@@ -238,7 +238,6 @@ const CONNECTION: &[i64] = &[
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,
     libc::SYS_memfd_create,
-    libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
@@ -248,7 +247,13 @@ const CONNECTION: &[i64] = &[
     libc::SYS_statx,
 ];
 
-const MAIN: &[i64] = &[libc::SYS_accept4, libc::SYS_unlink, libc::SYS_unlinkat];
+const MAIN: &[i64] = &[libc::SYS_accept4, libc::SYS_unlinkat];
+
+/// What newer architectures have only in newer forms.
+#[cfg(target_arch = "x86_64")]
+const OLD: &[i64] = &[libc::SYS_poll, libc::SYS_unlink];
+#[cfg(not(target_arch = "x86_64"))]
+const OLD: &[i64] = &[];
 
 /// Transfers, and waiting for them.
 const TRANSFERS: &[i64] = &[
@@ -271,7 +276,6 @@ const QUEUE: &[i64] = &[
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,
-    libc::SYS_poll,
     libc::SYS_ppoll,
 ];
 
@@ -292,10 +296,10 @@ const DISK: &[i64] = &[
 /// it makes it must be allowed itself.
 fn calls_of(role: Role) -> Result<Rules, seccompiler::BackendError> {
     let lists: &[&[i64]] = match role {
-        Role::Main => &[SPAWN, MAIN, CONNECTION, TRANSFERS, QUEUE, DISK],
-        Role::Connection => &[SPAWN, CONNECTION, TRANSFERS, QUEUE, DISK],
-        Role::Queue => &[SPAWN, TRANSFERS, QUEUE, DISK],
-        Role::Disk => &[SPAWN, TRANSFERS, DISK, &[libc::SYS_poll]],
+        Role::Main => &[SPAWN, MAIN, OLD, CONNECTION, TRANSFERS, QUEUE, DISK],
+        Role::Connection => &[SPAWN, OLD, CONNECTION, TRANSFERS, QUEUE, DISK],
+        Role::Queue => &[SPAWN, OLD, TRANSFERS, QUEUE, DISK],
+        Role::Disk => &[SPAWN, OLD, TRANSFERS, DISK],
         Role::Timer => &[SPAWN, TRANSFERS],
     };
     let listed = std::iter::once(&ALL).chain(lists).flat_map(|list| list.iter());
