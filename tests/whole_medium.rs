@@ -8,9 +8,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use frontend::connection::FIRST_REQUEST_QUEUE;
 use frontend::daemon::{Scratch, host_read};
 use frontend::pattern::assert_same;
-use frontend::scsi::sense;
+use frontend::scsi::{response, sense};
 use frontend::*;
 use mounts::{Kind, Mount};
 
@@ -244,4 +245,30 @@ fn a_threshold_warns_before_the_host_is_full() {
     }
     let warned = warned.expect("a warning");
     assert!(warned > 32, "warned at {warned} MiB");
+}
+
+/// More operations at once than the disk has threads: each is begun, refused or given up, and none waits for ever.
+#[test]
+fn many_operations_at_once_all_end() {
+    let daemon = Daemon::with_disk(MIB, "");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    for _ in 0..20 {
+        let mut queue = fe.queue(FIRST_REQUEST_QUEUE);
+        for n in 0..40 {
+            let cdb = if n % 2 == 0 { cdb::format_unit(0) } else { cdb::sanitize(0x02, 0) };
+            queue.enqueue(&lun.request(cdb).exchange());
+        }
+        let answers: Vec<ScsiResponse> = queue.wait_all().iter().map(ScsiResponse::parse).collect();
+        drop(queue);
+        assert!(answers.iter().any(ScsiResponse::is_good));
+        for answer in &answers {
+            let refused = answer.sense_code().is_some_and(|(key, ..)| key == 2);
+            assert!(
+                answer.is_good() || refused || answer.response == response::ABORTED,
+                "{answer:?}"
+            );
+        }
+    }
+    lun.write10(0, &[1; 512]);
 }

@@ -2,7 +2,7 @@
 //! one runs, or after one failed, the disk takes few other commands; neither a reset nor a restart of
 //! the program changes that (SBC-4 4.33, 4.11).
 
-use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -52,7 +52,13 @@ pub struct Background {
     occupied: AtomicBool,
     /// How far it is, in 65536ths.
     progress: AtomicU16,
+    /// Operations that have begun.
+    begun: AtomicU64,
 }
+
+/// Names an operation that was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Started(u64);
 
 /// How a command gets along with an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +81,7 @@ impl Background {
             ended: Condvar::new(),
             occupied: AtomicBool::new(false),
             progress: AtomicU16::new(0),
+            begun: AtomicU64::new(0),
         }
     }
 
@@ -126,13 +133,17 @@ impl Background {
         }
     }
 
-    /// Waits for the end of the operation.
+    /// Waits for the end of an operation that was started.
     ///
     /// # Errors
-    /// If it failed, or somebody aborted the command that waits. The operation goes on then.
-    pub fn wait(&self, cancel: &Cancel) -> Result<(), ScsiError> {
+    /// If it failed, or somebody aborted the command that waits (the operation goes on then), or another has begun
+    /// meanwhile: then nobody knows any more what came of this one.
+    pub fn wait(&self, started: Started, cancel: &Cancel) -> Result<(), ScsiError> {
         let mut state = self.state();
         loop {
+            if self.begun.load(Ordering::Acquire) != started.0 {
+                return Err(ScsiError::Aborted);
+            }
             match &*state {
                 State::Idle => return Ok(()),
                 State::Running(_) if cancel.is_requested() => return Err(ScsiError::Aborted),
@@ -169,9 +180,9 @@ impl Background {
 ///
 /// # Errors
 /// If one is under way, or only another would mend the disk, or it cannot be noted.
-pub fn start(lun: &Arc<Lun>, work: Work) -> Result<(), ScsiError> {
+pub fn start(lun: &Arc<Lun>, work: Work) -> Result<Started, ScsiError> {
     let background = lun.background();
-    let before = {
+    let (before, started) = {
         let mut state = background.state();
         let conflict = match &*state {
             State::Idle | State::Failed(Work::Format(_)) => false,
@@ -183,14 +194,15 @@ pub fn start(lun: &Arc<Lun>, work: Work) -> Result<(), ScsiError> {
         }
         background.progress.store(0, Ordering::Release);
         background.occupied.store(true, Ordering::Release);
-        std::mem::replace(&mut *state, State::Running(work.clone()))
+        let started = Started(background.begun.fetch_add(1, Ordering::AcqRel) + 1);
+        (std::mem::replace(&mut *state, State::Running(work.clone())), started)
     };
     if let Err(error) = note(lun, Some(&format!("running {}", work.encode()))) {
         background.become_state(before);
         return Err(error);
     }
     spawn(lun, work);
-    Ok(())
+    Ok(started)
 }
 
 /// Takes up what was noted: an operation that was under way begins again, one that had failed still
@@ -218,7 +230,8 @@ pub fn resume(lun: &Arc<Lun>) {
 
 fn spawn(lun: &Arc<Lun>, work: Work) {
     let on = Arc::clone(lun);
-    lun.store().pool().run(Box::new(move || {
+    // Commands wait for it, as many as the pool has threads.
+    lun.store().pool().run_apart(Box::new(move || {
         let (background, serial) = (on.background(), &on.settings().serial);
         // An operation has ended when a restart will not repeat it.
         let done = work.run(&on).and_then(|()| note(&on, None));

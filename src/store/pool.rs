@@ -92,6 +92,27 @@ impl Pool {
         WorkId(id)
     }
 
+    /// Runs `work` on a thread of its own: for what other work may wait for, which then holds none of the threads
+    /// up that this needs. If the host has no thread, it has to share.
+    pub fn run_apart(&self, work: Work) {
+        self.shared.unfinished.fetch_add(1, Ordering::AcqRel);
+        let (shared, work) = (Arc::clone(&self.shared), Arc::new(Mutex::new(Some(work))));
+        let take =
+            |work: &Mutex<Option<Work>>| work.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let of_thread = Arc::clone(&work);
+        let spawned = sandbox::spawn(self.shared.name.clone(), Role::Disk, move || {
+            if let Some(work) = take(&of_thread) {
+                shared.carry_out(work);
+            }
+        });
+        if spawned.is_err()
+            && let Some(work) = take(&work)
+        {
+            self.shared.unfinished.fetch_sub(1, Ordering::AcqRel);
+            self.run(work);
+        }
+    }
+
     /// Takes work back that no thread has begun; `None` once it runs or is done.
     pub fn withdraw(&self, id: WorkId) -> Option<Work> {
         let mut state = self.shared.state();
@@ -141,6 +162,28 @@ fn serve(shared: &Shared) {
 mod tests {
     use super::*;
     use std::sync::mpsc;
+
+    #[test]
+    fn work_that_others_wait_for_is_not_held_up_by_them() {
+        let pool = Arc::new(Pool::new("test", 2));
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let ended = Arc::new((Mutex::new(false), Condvar::new()));
+        for _ in 0..4 {
+            let (ended, sender) = (Arc::clone(&ended), sender.clone());
+            pool.run(Box::new(move || {
+                let all = ended.0.lock().unwrap();
+                drop(ended.1.wait_while(all, |ended| !*ended).unwrap());
+                sender.send(()).unwrap();
+            }));
+        }
+        pool.run_apart(Box::new(move || {
+            *ended.0.lock().unwrap() = true;
+            ended.1.notify_all();
+        }));
+        for _ in 0..4 {
+            receiver.recv_timeout(Duration::from_secs(20)).unwrap();
+        }
+    }
 
     #[test]
     fn runs_everything_with_bounded_threads() {

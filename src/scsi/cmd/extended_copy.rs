@@ -240,7 +240,8 @@ pub(super) fn run(
 ) -> Reply {
     Reply::Job(Box::new(move |cancel| {
         if immediate {
-            lun.store().pool().run(Box::new(move || {
+            // Commands that abort it wait for it.
+            lun.store().pool().run_apart(Box::new(move || {
                 // What became of it is asked for by its list identifier.
                 let _ = copy.run(|operation| work(operation, &Cancel::default()));
             }));

@@ -39,9 +39,9 @@ pub(super) fn format_unit(context: Context<'_>) -> Result<Reply, ScsiError> {
     };
     let lun = std::sync::Arc::clone(lun);
     Ok(Reply::Job(Box::new(move |cancel| {
-        background::start(&lun, Work::Format(fill))?;
+        let started = background::start(&lun, Work::Format(fill))?;
         if !immediate {
-            lun.background().wait(cancel)?;
+            lun.background().wait(started, cancel)?;
         }
         Ok(consumed)
     })))

@@ -95,9 +95,10 @@ fn start(
     let (immediate, unrestricted_exit) = (flags & IMMED != 0, flags & AUSE != 0);
     let lun = Arc::clone(context.lun);
     Ok(Reply::Job(Box::new(move |cancel| {
-        background::start(&lun, Work::Sanitize { fill, passes, invert, unrestricted_exit })?;
+        let started =
+            background::start(&lun, Work::Sanitize { fill, passes, invert, unrestricted_exit })?;
         if !immediate {
-            lun.background().wait(cancel)?;
+            lun.background().wait(started, cancel)?;
         }
         Ok(consumed)
     })))
