@@ -199,6 +199,31 @@ fn a_file_system_that_goes_down_is_told() {
     }
 }
 
+/// A file system that becomes read-only under the disk: what is there can be read, and writes say why they fail.
+#[test]
+fn a_file_system_that_becomes_read_only_is_told() {
+    let Some(mount) = Mount::new(Kind::Ext4, 64) else { return };
+    let disk = mount.path().join("disk.img");
+    std::fs::File::create(&disk).unwrap().set_len(SIZE).unwrap();
+    let scratch = Scratch::new();
+    let daemon = Daemon::builder(&scratch).disk(&disk, "").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    lun.write16(0, &[1; 4096]);
+    lun.synchronize_cache();
+    if !mount.abort() {
+        return skipped("ext4 could not be made read-only");
+    }
+    for _ in 0..2 {
+        let write = lun.run_out(cdb::write16(64, 8), &[2; 4096]);
+        write.expect_sense(sense::WRITE_PROTECTED);
+        let list = cdb::unmap_list(&[(64, 8)]);
+        let unmap = lun.run_out(cdb::unmap(true, list.len() as u16), &list);
+        unmap.expect_sense(sense::WRITE_PROTECTED);
+    }
+    assert_eq!(lun.read16(0, 8), [1; 4096]);
+}
+
 const BLOCK: usize = 4096;
 const PLACES: u64 = 256;
 
