@@ -70,11 +70,10 @@ pub fn enter(reach: &[Reach], violation: Option<Violation>) -> io::Result<Vec<St
         missing.push(format!("files are not restricted (Landlock: {why})"));
     }
     if let Some(violation) = violation {
-        let _ = VIOLATION.set(violation);
-        // In this order: the last filter would forbid the others.
-        install(&without_clone3()?)?;
-        install(&without_open()?)?;
-        confine(Role::Main)?;
+        match filter_main(violation) {
+            Ok(()) => drop(VIOLATION.set(violation)),
+            Err(why) => missing.push(format!("system calls are not filtered (seccomp: {why})")),
+        }
     }
     Ok(missing)
 }
@@ -89,14 +88,21 @@ pub fn spawn<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
     thread::Builder::new().name(name).spawn(move || {
-        if VIOLATION.get().is_some()
-            && let Err(error) = confine(role)
+        if let Some(violation) = VIOLATION.get()
+            && let Err(error) = confine(role, *violation)
         {
             // It is no worse off than the thread that made it.
             log::error!("a thread could not be confined: {error}");
         }
         work()
     })
+}
+
+/// The filters that all threads inherit, in this order: the last would forbid the others.
+fn filter_main(violation: Violation) -> io::Result<()> {
+    install(&without_clone3()?)?;
+    install(&without_open()?)?;
+    confine(Role::Main, violation)
 }
 
 fn drop_capabilities() -> io::Result<()> {
@@ -153,11 +159,10 @@ fn allow(
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
-fn confine(role: Role) -> io::Result<()> {
-    let action = match VIOLATION.get() {
-        Some(Violation::Kill) => SeccompAction::KillProcess,
-        Some(Violation::Log) => SeccompAction::Log,
-        None => return Ok(()),
+fn confine(role: Role, violation: Violation) -> io::Result<()> {
+    let action = match violation {
+        Violation::Kill => SeccompAction::KillProcess,
+        Violation::Log => SeccompAction::Log,
     };
     let rules = calls_of(role).map_err(io::Error::other)?;
     install(&compile(rules, action, SeccompAction::Allow)?)
