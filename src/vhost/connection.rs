@@ -110,11 +110,12 @@ impl Connection {
     }
 
     /// Stops every ring and waits until nothing is in flight. The driver is gone or starts anew, so that
-    /// copies and the like need not be finished.
-    pub(super) fn stop_all(&mut self) {
+    /// copies and the like need not be finished; or, if they are to be left, the front end comes back and has them
+    /// done by whoever serves it then.
+    pub(super) fn stop_all(&mut self, leave: bool) {
         for ring in &self.rings {
             if let Some(worker) = &ring.worker {
-                worker.give_up();
+                worker.give_up(leave);
             }
         }
         for index in 0..self.rings.len() {
@@ -196,7 +197,7 @@ impl Connection {
         self.memory = self.regions.memory();
         let Some(memory) = self.memory.clone() else {
             // All memory is gone: no ring can go on.
-            self.stop_all();
+            self.stop_all(false);
             return Ok(());
         };
         for index in 0..self.rings.len() {
@@ -246,7 +247,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.stop_all();
+        self.stop_all(true);
     }
 }
 
@@ -278,7 +279,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
     /// The driver has reset the device: commands in flight end first, then everything is as after
     /// power on. Memory and protocol features stay.
     fn reset_device(&mut self) -> Result<()> {
-        self.stop_all();
+        self.stop_all(false);
         for ring in &mut self.rings {
             *ring = RingState::default();
         }

@@ -27,8 +27,9 @@ pub(super) enum Message {
     Swept(u64),
     /// Something for the driver to know (event queue).
     Event(Event),
-    /// Nobody will hear the answers any more: end early what can be (request queues).
-    GiveUp,
+    /// End early what can be (request queues): nobody will hear the answers any more, or, if it is to be left, the
+    /// next process is to do it again.
+    GiveUp { leave: bool },
     /// Finish what is in flight and end.
     Stop,
 }

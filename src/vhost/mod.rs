@@ -75,7 +75,7 @@ impl Device {
             Err(error) => refused(error),
         };
         *self.peers() = None;
-        connection.lock().unwrap_or_else(PoisonError::into_inner).stop_all();
+        connection.lock().unwrap_or_else(PoisonError::into_inner).stop_all(true);
         match end {
             Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage => {
                 log::info!("front end is gone");

@@ -60,6 +60,8 @@ pub(super) struct RequestQueue {
     /// Commands that may not begin yet.
     order: Order<(Received, [u8; 8], Request)>,
     completions: Vec<Completion<Outcome>>,
+    /// What is ended early is not answered: it stays noted as in flight.
+    leaves: bool,
 }
 
 /// The commands in flight, and what they are in flight with.
@@ -121,6 +123,7 @@ impl RequestQueue {
             },
             order: Order::default(),
             completions: Vec::new(),
+            leaves: false,
         }
     }
 
@@ -236,7 +239,10 @@ impl RequestQueue {
             }
             (Finished::Withdrawn | Finished::Operation(_), None) => lun.failed(ScsiError::Aborted),
         };
-        task.received.answer(ring, task.ended, &outcome);
+        let ended_early = task.ended.is_none() && outcome.delivery == Delivery::Aborted;
+        if !(self.leaves && ended_early) {
+            task.received.answer(ring, task.ended, &outcome);
+        }
         if !self.order.is_free() {
             self.order.ended(task.disk, slot);
             self.go_on(ring, task.disk);
@@ -278,13 +284,16 @@ impl RequestQueue {
         which: impl Fn(u64) -> bool,
     ) {
         for (received, ..) in self.order.take(disk, |(received, ..)| which(received.tag)) {
-            received.answer(ring, Some(response), &Outcome::undelivered(Delivery::Aborted));
+            if !self.leaves {
+                received.answer(ring, Some(response), &Outcome::undelivered(Delivery::Aborted));
+            }
         }
         self.go_on(ring, disk);
     }
 
-    /// Nobody will hear the answers.
-    fn give_up(&mut self, ring: &mut Ring) {
+    /// Ends early what can be.
+    fn give_up(&mut self, ring: &mut Ring, leave: bool) {
+        self.leaves = leave && ring.keeps_requests();
         for disk in self.order.disks() {
             self.end_waiting(ring, disk, Response::Aborted, |_| true);
         }
@@ -344,7 +353,7 @@ impl Service for RequestQueue {
                 }
                 self.sweep(ring, &sweep);
             }
-            Message::GiveUp => self.give_up(ring),
+            Message::GiveUp { leave } => self.give_up(ring, leave),
             _ => {}
         }
     }

@@ -265,6 +265,11 @@ impl Ring {
         }
     }
 
+    /// Whether what is not answered is kept for the next process.
+    pub(super) fn keeps_requests(&self) -> bool {
+        self.inflight.is_some()
+    }
+
     /// Number of descriptors: no more requests than that can rightly be in flight.
     pub(super) fn size(&self) -> usize {
         self.parts.size().into()

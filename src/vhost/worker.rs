@@ -85,9 +85,9 @@ impl Worker {
         &self.mailbox
     }
 
-    /// Asks it to end, and to let go of what takes long.
-    pub(super) fn give_up(&self) {
-        self.mailbox.send(Message::GiveUp);
+    /// Asks it to end, and to let go of what takes long, or to leave it to whoever serves the ring next.
+    pub(super) fn give_up(&self, leave: bool) {
+        self.mailbox.send(Message::GiveUp { leave });
         self.stop();
     }
 
