@@ -13,13 +13,14 @@ use crate::vhost::MAX_REQUEST_QUEUES;
 #[command(version, about, after_help = DISK_HELP, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Cli {
-    /// Listen on this UNIX socket. A stale one is replaced, one that is in use is not.
+    /// Listen on this UNIX socket. A stale one is replaced, one that is in use is not. May be given several
+    /// times: each socket is a port of its own, for one guest of several that share the disks.
     #[arg(long, value_name = "SOCK", conflicts_with = "fd")]
-    pub socket_path: Option<PathBuf>,
+    pub socket_path: Vec<PathBuf>,
 
-    /// Use this inherited file descriptor: a listening socket, or a connected one.
+    /// Use this inherited file descriptor: a listening socket, or a connected one. May be given several times.
     #[arg(long, value_name = "N")]
-    pub fd: Option<i32>,
+    pub fd: Vec<i32>,
 
     /// Request queues to offer; QEMU uses one per vCPU unless told otherwise.
     #[arg(long, value_name = "N", default_value_t = 16,

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use thinlun::scsi::cmd::{Access, Command, Data, ServiceAction, TABLE};
 use thinlun::scsi::{
-    Addressed, Cdb, Delivery, Lun, LunNumber, LunSettings, Nexus, Outcome, Plan, Request, Status,
-    Target, execute,
+    Addressed, Cdb, Delivery, Lun, LunNumber, LunSettings, Nexus, Outcome, Plan, Port, Request,
+    Status, Target, execute,
 };
 use thinlun::store::engine::Cancel;
 use thinlun::store::mem::MemStore;
@@ -17,7 +17,7 @@ const BLOCKS: u64 = 2048;
 
 /// A target with one disk in memory, and an initiator whose unit attention is behind it.
 struct Bench {
-    target: Target,
+    target: Arc<Target>,
     nexus: Arc<Nexus>,
     lun: Arc<Lun>,
 }
@@ -57,8 +57,8 @@ impl Bench {
             write_cache: true,
         };
         let lun = Arc::new(Lun::new(settings, 0, Arc::new(store) as Arc<dyn Store>).unwrap());
-        let target = Target::new(vec![Arc::clone(&lun)]);
-        let nexus = target.connect();
+        let target = Arc::new(Target::new(vec![Arc::clone(&lun)], 4));
+        let nexus = target.connect(Port(1));
         let bench = Bench { target, nexus, lun };
         bench.run(&[0; 6], &[], 0).expect_sense(6, 0x2900);
         bench
@@ -267,7 +267,7 @@ fn a_stopped_disk_answers_what_does_not_need_its_medium() {
 fn a_unit_attention_is_reported_once_and_only_by_those_that_may() {
     for command in TABLE {
         let bench = Bench::new();
-        let other = bench.target.connect();
+        let other = bench.target.connect(Port(2));
         let answer = bench.run_as(&other, &bare(command), &[0; 512], 512);
         let reported = answer.outcome.sense.get(12) == Some(&0x29);
         assert_eq!(reported, !command.exempt_from_attention, "{}: {answer:02x?}", command.name);
@@ -277,7 +277,7 @@ fn a_unit_attention_is_reported_once_and_only_by_those_that_may() {
     }
     // An unknown command does not get past it either.
     let bench = Bench::new();
-    let other = bench.target.connect();
+    let other = bench.target.connect(Port(2));
     bench.run_as(&other, &[0xff], &[], 0).expect_sense(6, 0x2900);
 }
 
@@ -512,7 +512,7 @@ fn mode_select_takes_all_pages_or_none() {
 #[test]
 fn mode_changes_are_told_to_the_others() {
     let bench = Bench::new();
-    let other = bench.target.connect();
+    let other = bench.target.connect(Port(2));
     bench.run_as(&other, &[0; 6], &[], 0).expect_sense(6, 0x2900);
     let mut list = vec![0; 4];
     list.extend(&bench.mode_sense(0x08)[4..]);

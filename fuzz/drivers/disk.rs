@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use thinlun::scsi::{
-    Addressed, Cdb, Delivery, Lun, LunNumber, LunSettings, Nexus, Outcome, Plan, Request, Status,
-    Target, execute,
+    Addressed, Cdb, Delivery, Lun, LunNumber, LunSettings, Nexus, Outcome, Plan, Port, Request,
+    Status, Target, execute,
 };
 use thinlun::store::engine::Cancel;
 use thinlun::store::mem::MemStore;
@@ -17,7 +17,7 @@ const BYTES: u64 = 256 << 10;
 const POISON: u8 = 0xa5;
 
 /// The disks of the fuzzers' daemon; the options come from the input.
-pub fn target(options: u8) -> Target {
+pub fn target(options: u8) -> Arc<Target> {
     let disks = (0..2).map(|index| {
         let store = MemStore::new(BYTES);
         let store = if options & 1 != 0 { store.read_only() } else { store };
@@ -42,18 +42,18 @@ pub fn target(options: u8) -> Target {
             Lun::new(settings, index.into(), Arc::new(store) as Arc<dyn Store>).expect("a disk"),
         )
     });
-    Target::new(disks.collect())
+    Arc::new(Target::new(disks.collect(), 2))
 }
 
 pub struct Bench {
-    target: Target,
+    target: Arc<Target>,
     nexuses: [Arc<Nexus>; 2],
 }
 
 impl Bench {
     pub fn new(options: u8) -> Self {
         let target = target(options);
-        let nexuses = [target.connect(), target.connect()];
+        let nexuses = [target.connect(Port(1)), target.connect(Port(2))];
         let bench = Bench { target, nexuses };
         if options & 32 == 0 {
             // Most commands would only meet the unit attention.

@@ -22,7 +22,7 @@ pub fn device() -> Arc<Device> {
         engine: EngineKind::Threads,
         poll: Duration::ZERO,
     };
-    Arc::new(Device::new(Arc::new(disk::target(32)), offer))
+    Arc::new(Device::new(disk::target(32), offer))
 }
 
 pub fn memfd(size: u64) -> File {
@@ -67,7 +67,7 @@ impl Session {
     pub fn new(size: u64) -> Self {
         let (stream, other) = UnixStream::pair().expect("sockets");
         let device = device();
-        let served = Some(std::thread::spawn(move || device.serve(other)));
+        let served = Some(std::thread::spawn(move || device.serve(thinlun::scsi::Port(1), other)));
         let session = Session { stream, served, memory: memfd(size) };
         session.tell(3, &[], &[]);
         let features: u64 = 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32;

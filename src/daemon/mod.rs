@@ -1,4 +1,4 @@
-//! The process: sockets, signals, and one guest after another.
+//! The process: sockets, signals, and on each socket one guest after another.
 
 mod signals;
 mod socket;
@@ -17,12 +17,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::cli::{Cli, IoEngine, Sandbox};
 use crate::config::{DiskConfig, StartError, open_disks};
 use crate::sandbox::{self, Reach, Role};
-use crate::scsi::{Target, background};
+use crate::scsi::{Port, Target, background};
 use crate::store::engine::uring;
 use crate::store::file::stable_name;
 use crate::vhost::{Device, Offer};
 use signals::{Signal, Signals};
-use socket::{Endpoint, Socket};
+use socket::{Checked, Endpoint, Socket};
 
 /// What `--print-capabilities` prints (vhost-user backend program conventions).
 const CAPABILITIES: &str = r#"{"type": "scsi"}"#;
@@ -37,7 +37,7 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
         return Ok(());
     }
     let disks = cli.disks.iter().map(|a| DiskConfig::parse(a)).collect::<Result<Vec<_>, _>>()?;
-    let endpoint = Endpoint::from_cli(cli)?;
+    let endpoints = Endpoint::from_cli(cli)?;
     if cli.io_engine == IoEngine::IoUring && !uring::is_there() {
         return Err(StartError::host(
             "--io-engine: the kernel refuses io_uring; auto and threads work without it",
@@ -45,9 +45,9 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
     }
     // Before there is any other thread, so that all of them have these signals blocked.
     let signals = Signals::block().map_err(|e| StartError::host(format!("signals: {e}")))?;
-    let socket = endpoint.check()?;
+    let checked: Vec<_> = endpoints.into_iter().map(Endpoint::check).collect::<Result<_, _>>()?;
     let units = open_disks(&disks)?;
-    let socket = socket.open()?;
+    let sockets: Vec<_> = checked.into_iter().map(Checked::open).collect::<Result<_, _>>()?;
     for unit in &units {
         let s = unit.settings();
         log::info!(
@@ -68,8 +68,11 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
         engine: cli.io_engine.into(),
         poll: Duration::from_micros(cli.poll_us.into()),
     };
-    let device = Arc::new(Device::new(Arc::new(Target::new(units)), offer));
-    serve(&device, socket, &signals).map_err(|e| StartError::host(e.to_string()))
+    let ports: Vec<_> =
+        (1..).map(Port).zip(sockets).map(|(port, s)| Serving::of(port, s)).collect();
+    let count = u16::try_from(ports.len()).unwrap_or(u16::MAX);
+    let device = Arc::new(Device::new(Arc::new(Target::new(units, count)), offer));
+    serve(&device, ports, &signals).map_err(|e| StartError::host(e.to_string()))
 }
 
 /// Leaves nothing that serving does not need.
@@ -89,74 +92,118 @@ fn lock_in(cli: &Cli, disks: &[DiskConfig]) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Serves one connection after another until a signal says to end, or the only connection there is
-/// has gone.
-fn serve(device: &Arc<Device>, mut socket: Socket, signals: &Signals) -> std::io::Result<()> {
-    let mut serving: Option<Serving> = None;
-    loop {
-        if serving.is_none() {
-            if let Some(stream) = socket.take_connected() {
-                serving = Some(Serving::start(device, stream)?);
-            } else if !socket.is_listening() {
-                return Ok(());
-            }
-        }
-        let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-        match &serving {
-            Some(serving) => {
-                fds.push(PollFd::new(serving.done.as_ref().as_fd(), PollFlags::POLLIN))
-            }
-            // The next front end waits in the backlog until the last one's requests have ended.
-            None => {
-                fds.extend(socket.listener().map(|l| PollFd::new(l.as_fd(), PollFlags::POLLIN)))
-            }
-        }
-        match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+/// Serves one connection after another on every socket until a signal says to end, or the only connections
+/// there were have gone.
+fn serve(device: &Arc<Device>, mut all: Vec<Serving>, signals: &Signals) -> std::io::Result<()> {
+    for serving in &mut all {
+        serving.begin(device)?;
+    }
+    while all.iter().any(Serving::has_more) {
+        let fds = std::iter::once(Some(PollFd::new(signals.as_fd(), PollFlags::POLLIN)));
+        let fds: Vec<_> = fds.chain(all.iter().map(Serving::waits_for)).collect();
+        let ready = wait(&fds)?;
+        drop(fds);
         if ready.first() == Some(&true) {
             match signals.next()? {
-                Some(Signal::End) => {
-                    if let Some(serving) = serving {
-                        serving.end();
-                    }
-                    return Ok(());
-                }
+                Some(Signal::End) => break,
                 Some(Signal::Refresh) => device.refresh_capacities(),
                 None => {}
             }
         }
-        if ready.get(1) == Some(&true) {
-            serving = match serving.take() {
-                Some(serving) => {
-                    serving.end();
-                    None
-                }
-                None => socket.accept()?.map(|s| Serving::start(device, s)).transpose()?,
-            };
+        for (serving, _) in all.iter_mut().zip(ready.iter().skip(1)).filter(|(_, ready)| **ready) {
+            serving.go_on(device)?;
         }
+    }
+    all.into_iter().for_each(Serving::end);
+    Ok(())
+}
+
+/// Waits for one of the descriptors; says which are ready.
+fn wait(fds: &[Option<PollFd<'_>>]) -> std::io::Result<Vec<bool>> {
+    let mut present: Vec<PollFd<'_>> = fds.iter().flatten().cloned().collect();
+    match poll(&mut present, PollTimeout::NONE) {
+        Ok(_) | Err(Errno::EINTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let mut ready = present.iter().map(|fd| fd.any().unwrap_or(false));
+    Ok(fds.iter().map(|fd| fd.is_some() && ready.next() == Some(true)).collect())
+}
+
+/// A port: its socket, and the connection that is served on it now.
+struct Serving {
+    port: Port,
+    socket: Socket,
+    connected: Option<Connected>,
+}
+
+impl Serving {
+    fn of(port: Port, socket: Socket) -> Self {
+        Serving { port, socket, connected: None }
+    }
+
+    /// Whether it serves somebody, or may do so.
+    fn has_more(&self) -> bool {
+        self.connected.is_some() || self.socket.is_listening()
+    }
+
+    /// What there is to wait for: the end of the connection, or the next one; that one waits in the backlog
+    /// until the last one's requests have ended.
+    fn waits_for(&self) -> Option<PollFd<'_>> {
+        let fd = match &self.connected {
+            Some(connected) => Some(connected.done.as_fd()),
+            None => self.socket.listener().map(AsFd::as_fd),
+        };
+        fd.map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+    }
+
+    /// Takes up a connection that was handed over.
+    fn begin(&mut self, device: &Arc<Device>) -> std::io::Result<()> {
+        match self.socket.take_connected() {
+            Some(stream) => self.connect(device, stream),
+            None => Ok(()),
+        }
+    }
+
+    /// What it waited for has come.
+    fn go_on(&mut self, device: &Arc<Device>) -> std::io::Result<()> {
+        if let Some(connected) = self.connected.take() {
+            connected.end();
+            return Ok(());
+        }
+        match self.socket.accept()? {
+            Some(stream) => self.connect(device, stream),
+            None => Ok(()),
+        }
+    }
+
+    fn connect(&mut self, device: &Arc<Device>, stream: UnixStream) -> std::io::Result<()> {
+        self.connected = Some(Connected::start(device, self.port, stream)?);
+        Ok(())
+    }
+
+    /// Ends its connection; when this returns nothing of it is in flight.
+    fn end(self) {
+        self.connected.into_iter().for_each(Connected::end);
     }
 }
 
-/// The connection that is served now.
-struct Serving {
+/// A connection that is served.
+struct Connected {
     stream: UnixStream,
     done: Arc<EventFd>,
     thread: JoinHandle<()>,
 }
 
-impl Serving {
-    fn start(device: &Arc<Device>, stream: UnixStream) -> std::io::Result<Self> {
-        log::info!("front end connected");
+impl Connected {
+    fn start(device: &Arc<Device>, port: Port, stream: UnixStream) -> std::io::Result<Self> {
+        log::info!("port {}: front end connected", port.0);
         let done = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let (device, served, end) = (Arc::clone(device), stream.try_clone()?, Arc::clone(&done));
         let thread = sandbox::spawn("connection".into(), Role::Connection, move || {
-            device.serve(served);
+            device.serve(port, served);
             let _ = end.write(1);
         })?;
-        Ok(Serving { stream, done, thread })
+        Ok(Connected { stream, done, thread })
     }
 
     /// Ends the connection; when this returns nothing is in flight.

@@ -19,22 +19,41 @@ use crate::store::file::plain;
 /// The first descriptor that systemd passes (sd_listen_fds(3)).
 const SYSTEMD_FIRST_FD: RawFd = 3;
 
-/// What the command line and the environment say about the socket.
+/// Most sockets, and so ports, of a daemon.
+const MAX_SOCKETS: usize = 64;
+
+/// What the command line and the environment say about a socket.
+#[derive(Debug, PartialEq, Eq)]
 pub(super) enum Endpoint {
     Path(PathBuf),
     Inherited(RawFd),
 }
 
 impl Endpoint {
-    /// Exactly one of `--socket-path`, `--fd` and systemd's LISTEN_FDS.
-    pub(super) fn from_cli(cli: &Cli) -> Result<Self, StartError> {
-        match (&cli.socket_path, cli.fd, systemd_fd()?) {
-            (Some(path), None, _) => Ok(Endpoint::Path(path.clone())),
-            (None, Some(fd), _) => Ok(Endpoint::Inherited(fd)),
-            (None, None, Some(fd)) => Ok(Endpoint::Inherited(fd)),
-            _ => Err(StartError::usage(
+    /// One or more of `--socket-path`, or of `--fd`, or systemd's LISTEN_FDS: each is a port, in this order.
+    pub(super) fn from_cli(cli: &Cli) -> Result<Vec<Self>, StartError> {
+        let paths = cli.socket_path.iter().cloned().map(Endpoint::Path);
+        let mut all: Vec<Self> =
+            paths.chain(cli.fd.iter().copied().map(Endpoint::Inherited)).collect();
+        if all.is_empty() {
+            all = systemd_fds()?.map(Endpoint::Inherited).collect();
+        }
+        if all.is_empty() {
+            return Err(StartError::usage(
                 "no socket: give --socket-path SOCK, --fd N, or start it by a systemd socket",
-            )),
+            ));
+        }
+        if all.len() > MAX_SOCKETS {
+            return Err(StartError::usage(format!("more than {MAX_SOCKETS} sockets")));
+        }
+        match all.iter().enumerate().find(|(n, one)| all.iter().take(*n).any(|o| o == *one)) {
+            Some((_, Endpoint::Path(path))) => {
+                Err(StartError::usage(format!("--socket-path: {} is given twice", path.display())))
+            }
+            Some((_, Endpoint::Inherited(fd))) => {
+                Err(StartError::usage(format!("--fd: {fd} is given twice")))
+            }
+            None => Ok(all),
         }
     }
 
@@ -53,13 +72,15 @@ impl Endpoint {
     }
 }
 
-/// The descriptor that systemd passes, if it passes one to us.
-fn systemd_fd() -> Result<Option<RawFd>, StartError> {
+/// The descriptors that systemd passes, if it passes some to us.
+fn systemd_fds() -> Result<std::ops::Range<RawFd>, StartError> {
     let ours = env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string());
-    match env::var("LISTEN_FDS").ok().filter(|_| ours).as_deref() {
-        None => Ok(None),
-        Some("1") => Ok(Some(SYSTEMD_FIRST_FD)),
-        Some(n) => Err(StartError::usage(format!("LISTEN_FDS is {n}; exactly one socket is used"))),
+    let Some(count) = env::var("LISTEN_FDS").ok().filter(|_| ours) else {
+        return Ok(SYSTEMD_FIRST_FD..SYSTEMD_FIRST_FD);
+    };
+    match count.parse::<u8>() {
+        Ok(count) => Ok(SYSTEMD_FIRST_FD..SYSTEMD_FIRST_FD + RawFd::from(count)),
+        Err(_) => Err(StartError::usage(format!("LISTEN_FDS is {count}, no number of sockets"))),
     }
 }
 

@@ -14,8 +14,20 @@ pub enum UnitAttention {
     NexusLoss,
     /// Another initiator, or a reset, changed mode parameters.
     ModeParametersChanged,
+    /// Another initiator changed log parameters.
+    LogParametersChanged,
+    /// Another initiator cleared all registrations and the reservation.
+    ReservationsPreempted,
+    /// A reservation that allowed this initiator more than others is gone.
+    ReservationsReleased,
+    /// Another initiator took this one's registration away.
+    RegistrationsPreempted,
+    /// Another initiator set the clock.
+    TimestampChanged,
     /// The disk grew or shrank.
     CapacityChanged,
+    /// Another initiator changed the identifying information.
+    DeviceIdentifierChanged,
     /// Disks came or went.
     ReportedLunsChanged,
     /// There is less space left than an initiator asked to be told of.
@@ -26,11 +38,17 @@ pub enum UnitAttention {
 
 impl UnitAttention {
     /// All of them, in the order of reporting: a reset says more than anything it hides.
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 13] = [
         Self::PowerOnOrReset,
         Self::NexusLoss,
         Self::ModeParametersChanged,
+        Self::LogParametersChanged,
+        Self::ReservationsPreempted,
+        Self::ReservationsReleased,
+        Self::RegistrationsPreempted,
+        Self::TimestampChanged,
         Self::CapacityChanged,
+        Self::DeviceIdentifierChanged,
         Self::ReportedLunsChanged,
         Self::AvailableThreshold,
         Self::UsedThreshold,
@@ -42,7 +60,13 @@ impl UnitAttention {
             Self::PowerOnOrReset => asc::POWER_ON_OR_RESET,
             Self::NexusLoss => asc::I_T_NEXUS_LOSS,
             Self::ModeParametersChanged => asc::MODE_PARAMETERS_CHANGED,
+            Self::LogParametersChanged => asc::LOG_PARAMETERS_CHANGED,
+            Self::ReservationsPreempted => asc::RESERVATIONS_PREEMPTED,
+            Self::ReservationsReleased => asc::RESERVATIONS_RELEASED,
+            Self::RegistrationsPreempted => asc::REGISTRATIONS_PREEMPTED,
+            Self::TimestampChanged => asc::TIMESTAMP_CHANGED,
             Self::CapacityChanged => asc::CAPACITY_DATA_CHANGED,
+            Self::DeviceIdentifierChanged => asc::DEVICE_IDENTIFIER_CHANGED,
             Self::ReportedLunsChanged => asc::REPORTED_LUNS_DATA_CHANGED,
             Self::AvailableThreshold | Self::UsedThreshold => {
                 asc::THIN_PROVISIONING_SOFT_THRESHOLD_REACHED
@@ -98,18 +122,29 @@ impl Attentions {
     }
 }
 
+/// A target port, and with it the one initiator that can be behind it: a socket. Its RELATIVE TARGET PORT
+/// IDENTIFIER, from 1 on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Port(pub u16);
+
 /// One initiator's view of the target: an I_T nexus (here: one vhost-user connection).
 #[derive(Debug)]
 pub struct Nexus {
+    port: Port,
     attentions: Vec<Attentions>,
     none: Attentions,
 }
 
 impl Nexus {
-    /// A new nexus to a target of `disks` disks.
-    pub(super) fn new(disks: usize) -> Self {
+    /// A new nexus by a port to a target of `disks` disks.
+    pub(super) fn new(port: Port, disks: usize) -> Self {
         let attentions = (0..disks).map(|_| Attentions::default()).collect();
-        Nexus { attentions, none: Attentions::default() }
+        Nexus { port, attentions, none: Attentions::default() }
+    }
+
+    /// The port it goes by; it stays the same when the initiator comes back.
+    pub fn port(&self) -> Port {
+        self.port
     }
 
     /// What disk number `index` of the target has to tell this initiator.

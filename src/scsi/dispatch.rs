@@ -14,7 +14,7 @@ use crate::store::engine::Cancel;
 
 /// Takes a command through all checks to its handler.
 pub fn execute(
-    target: &Target,
+    target: &Arc<Target>,
     nexus: &Arc<Nexus>,
     address: &Addressed<'_>,
     mut request: Request,
@@ -32,7 +32,12 @@ pub fn execute(
     }
 }
 
-fn on_disk(target: &Target, nexus: &Arc<Nexus>, lun: &Arc<Lun>, request: &mut Request) -> Plan {
+fn on_disk(
+    target: &Arc<Target>,
+    nexus: &Arc<Nexus>,
+    lun: &Arc<Lun>,
+    request: &mut Request,
+) -> Plan {
     provisioning::watch(target, lun);
     let reply = check(nexus, lun, request).and_then(|command| {
         let context = Context { target, nexus, lun, request };
@@ -70,7 +75,7 @@ fn without_disk(target: &Target, number: u8, request: &Request, missing: Missing
 }
 
 /// What every command is checked for before its handler sees it, in the order of SAM-6 5.3.3 and
-/// SPC-5: known operation, unit attention, reserved bits, operation under way, readiness, write
+/// SPC-5: known operation, unit attention, reservations, reserved bits, operation under way, readiness, write
 /// protection.
 fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command, ScsiError> {
     let command = cmd::find_on(lun, &request.cdb);
@@ -79,6 +84,7 @@ fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command
         return Err(ScsiError::Check(attention.sense()));
     }
     let command = command?;
+    lun.reservations().check(nexus.port(), command.conflict, &request.cdb)?;
     if request.again && command.once {
         // Nobody can tell what became of it; the initiator has to look.
         return Err(ScsiError::Aborted);

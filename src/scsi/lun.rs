@@ -9,6 +9,7 @@ use super::address::LunNumber;
 use super::background::Background;
 use super::mode_pages::Pages;
 use super::provisioning::SpaceWatch;
+use super::reservations::Reservations;
 use super::sense::{Key, ScsiError, Sense, asc};
 use crate::store::{Capabilities, Durability, Store, StoreError};
 
@@ -66,6 +67,7 @@ pub struct Lun {
     started: AtomicBool,
     pages: Pages,
     background: Background,
+    reservations: Reservations,
     space_watch: Option<SpaceWatch>,
 }
 
@@ -100,6 +102,7 @@ impl Lun {
         // Thresholds are about space that can still be taken, and there must be someone to ask.
         let watched = thin && !can.read_only && store.space()?.is_some();
         let pages = Pages::new(settings.write_cache, watched);
+        let reservations = Reservations::of(store.notes());
         let lun = Lun {
             settings,
             index,
@@ -108,6 +111,7 @@ impl Lun {
             started: AtomicBool::new(true),
             pages,
             background: Background::idle(),
+            reservations,
             space_watch: watched.then(SpaceWatch::new),
         };
         lun.refresh_capacity()?;
@@ -137,6 +141,11 @@ impl Lun {
     /// The format or sanitize operation.
     pub fn background(&self) -> &Background {
         &self.background
+    }
+
+    /// Who has reserved it.
+    pub fn reservations(&self) -> &Reservations {
+        &self.reservations
     }
 
     /// Logical block size in bytes.
@@ -281,6 +290,7 @@ impl Lun {
     pub fn reset(&self) {
         self.set_started(true);
         self.pages.reset();
+        self.reservations.reset();
     }
 }
 

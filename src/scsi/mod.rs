@@ -13,6 +13,7 @@ pub mod fill;
 pub mod lun;
 pub mod mode_pages;
 pub mod provisioning;
+pub mod reservations;
 pub mod sense;
 pub mod target;
 pub mod wire;
@@ -21,11 +22,11 @@ use crate::store::engine::Job;
 use crate::store::{Buffers, Operation, StoreError};
 
 pub use address::LunNumber;
-pub use attention::{Nexus, UnitAttention};
+pub use attention::{Nexus, Port, UnitAttention};
 pub use dispatch::execute;
 pub use lun::{DetectZeroes, Lun, LunSettings};
 pub use sense::ScsiError;
-pub use target::{Addressed, Target};
+pub use target::{Addressed, Target, Tasks};
 pub use wire::Cdb;
 
 /// One command as it arrived.
@@ -78,6 +79,8 @@ pub enum Status {
     Good = 0x00,
     CheckCondition = 0x02,
     Busy = 0x08,
+    ReservationConflict = 0x18,
+    TaskAborted = 0x40,
 }
 
 /// What the transport says about the delivery of a command, apart from its status.
@@ -131,6 +134,9 @@ impl Outcome {
                 ..Self::good(0)
             },
             ScsiError::Busy => Outcome { status: Status::Busy, ..Self::good(0) },
+            ScsiError::ReservationConflict => {
+                Outcome { status: Status::ReservationConflict, ..Self::good(0) }
+            }
             ScsiError::Overrun => Self::undelivered(Delivery::Overrun),
             ScsiError::Aborted => Self::undelivered(Delivery::Aborted),
         }

@@ -51,6 +51,7 @@ pub mod asc {
     pub const INVALID_FIELD_IN_CDB: Asc = 0x2400;
     pub const LOGICAL_UNIT_NOT_SUPPORTED: Asc = 0x2500;
     pub const INVALID_FIELD_IN_PARAMETER_LIST: Asc = 0x2600;
+    pub const INVALID_RELEASE_OF_PERSISTENT_RESERVATION: Asc = 0x2604;
     pub const TOO_MANY_TARGET_DESCRIPTORS: Asc = 0x2606;
     pub const UNSUPPORTED_TARGET_DESCRIPTOR_TYPE: Asc = 0x2607;
     pub const TOO_MANY_SEGMENT_DESCRIPTORS: Asc = 0x2608;
@@ -63,13 +64,20 @@ pub mod asc {
     pub const POWER_ON_OR_RESET: Asc = 0x2900;
     pub const I_T_NEXUS_LOSS: Asc = 0x2907;
     pub const MODE_PARAMETERS_CHANGED: Asc = 0x2a01;
+    pub const LOG_PARAMETERS_CHANGED: Asc = 0x2a02;
+    pub const RESERVATIONS_PREEMPTED: Asc = 0x2a03;
+    pub const RESERVATIONS_RELEASED: Asc = 0x2a04;
+    pub const REGISTRATIONS_PREEMPTED: Asc = 0x2a05;
     pub const CAPACITY_DATA_CHANGED: Asc = 0x2a09;
+    pub const TIMESTAMP_CHANGED: Asc = 0x2a10;
     pub const MEDIUM_FORMAT_CORRUPTED: Asc = 0x3100;
     pub const SANITIZE_COMMAND_FAILED: Asc = 0x3103;
     pub const THIN_PROVISIONING_SOFT_THRESHOLD_REACHED: Asc = 0x3807;
     pub const SAVING_PARAMETERS_NOT_SUPPORTED: Asc = 0x3900;
+    pub const DEVICE_IDENTIFIER_CHANGED: Asc = 0x3f05;
     pub const REPORTED_LUNS_DATA_CHANGED: Asc = 0x3f0e;
     pub const INTERNAL_TARGET_FAILURE: Asc = 0x4400;
+    pub const INSUFFICIENT_REGISTRATION_RESOURCES: Asc = 0x5504;
 }
 
 /// Sense data before it is encoded.
@@ -200,6 +208,8 @@ pub enum ScsiError {
     Check(Sense),
     /// BUSY: the host is short of a resource right now.
     Busy,
+    /// RESERVATION CONFLICT: another initiator has reserved the disk.
+    ReservationConflict,
     /// The CDB asks for more bytes than the initiator gave buffers for (VIRTIO 5.6.6.1.1 OVERRUN).
     Overrun,
     /// Ended by a task management function; the initiator is told by that function's answer.

@@ -2,10 +2,11 @@
 //! what.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::address::{LunNumber, REPORT_LUNS_WLUN};
-use super::attention::{Nexus, UnitAttention};
+use super::attention::{Nexus, Port, UnitAttention};
 use super::copy::CopyManager;
 use super::lun::Lun;
 
@@ -32,20 +33,52 @@ impl<'a> Addressed<'a> {
     }
 }
 
+/// The commands in flight, as whoever carries them knows them.
+pub trait Tasks: Send + Sync {
+    /// Ends the commands that came by these ports to a disk, with TASK ABORTED (SAM-6 5.3.1; the TAS bit is
+    /// one). The receiver hangs up when the last of them has ended.
+    fn abort(&self, ports: &[Port], disk: usize) -> Receiver<()>;
+}
+
 /// Every disk of the daemon, under one or more target numbers.
 pub struct Target {
     disks: Vec<Arc<Lun>>,
     by_address: BTreeMap<(u8, LunNumber), usize>,
+    ports: u16,
     nexuses: Mutex<Vec<Weak<Nexus>>>,
+    tasks: OnceLock<Weak<dyn Tasks>>,
     copies: Arc<CopyManager>,
 }
 
 impl Target {
-    /// A target over these disks, in the order of their index.
-    pub fn new(disks: Vec<Arc<Lun>>) -> Self {
+    /// A target over these disks, in the order of their index, with so many ports.
+    pub fn new(disks: Vec<Arc<Lun>>, ports: u16) -> Self {
         let address = |d: &Arc<Lun>| ((d.settings().target, d.settings().lun), d.index());
         let by_address = disks.iter().map(address).collect();
-        Target { disks, by_address, nexuses: Mutex::default(), copies: Arc::default() }
+        Target {
+            disks,
+            by_address,
+            ports,
+            nexuses: Mutex::default(),
+            tasks: OnceLock::new(),
+            copies: Arc::default(),
+        }
+    }
+
+    /// Its ports.
+    pub fn ports(&self) -> impl Iterator<Item = Port> {
+        (1..=self.ports).map(Port)
+    }
+
+    /// Tells it, once, who knows the commands in flight.
+    pub fn set_tasks(&self, tasks: Weak<dyn Tasks>) {
+        let _ = self.tasks.set(tasks);
+    }
+
+    /// As [`Tasks::abort`]; `None` where nobody has commands in flight.
+    pub fn abort_tasks(&self, ports: &[Port], disk: &Lun) -> Option<Receiver<()>> {
+        let tasks = self.tasks.get()?.upgrade()?;
+        Some(tasks.abort(ports, disk.index()))
     }
 
     /// Copies between the disks.
@@ -58,9 +91,9 @@ impl Target {
         &self.disks
     }
 
-    /// A new initiator: for it every disk has just been powered on.
-    pub fn connect(&self) -> Arc<Nexus> {
-        let nexus = Arc::new(Nexus::new(self.disks.len()));
+    /// An initiator comes by a port: for it every disk has just been powered on.
+    pub fn connect(&self, port: Port) -> Arc<Nexus> {
+        let nexus = Arc::new(Nexus::new(port, self.disks.len()));
         let mut all = self.nexuses.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|n| n.strong_count() > 0);
         all.push(Arc::downgrade(&nexus));
@@ -79,6 +112,7 @@ impl Target {
             if alone {
                 disk.reset();
             }
+            disk.reservations().nexus_lost(nexus.port());
             nexus.attentions(disk.index()).reset(UnitAttention::PowerOnOrReset);
         }
     }
@@ -88,6 +122,16 @@ impl Target {
         let all = self.nexuses.lock().unwrap_or_else(PoisonError::into_inner);
         for nexus in all.iter().filter_map(Weak::upgrade) {
             if !except.is_some_and(|e| std::ptr::eq(e, nexus.as_ref())) {
+                nexus.attentions(disk.index()).raise(attention);
+            }
+        }
+    }
+
+    /// Tells the initiators behind some ports about a condition of one disk.
+    pub fn tell(&self, disk: &Lun, attention: UnitAttention, ports: &[Port]) {
+        let all = self.nexuses.lock().unwrap_or_else(PoisonError::into_inner);
+        for nexus in all.iter().filter_map(Weak::upgrade) {
+            if ports.contains(&nexus.port()) {
                 nexus.attentions(disk.index()).raise(attention);
             }
         }

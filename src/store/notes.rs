@@ -58,6 +58,11 @@ impl Notes {
         Ok(Notes { place: Some(place), values: Mutex::new(values) })
     }
 
+    /// Whether there is a place to keep them in.
+    pub fn survive(&self) -> bool {
+        self.place.is_some()
+    }
+
     /// What was noted under a name.
     pub fn get(&self, name: &str) -> Option<String> {
         self.values.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()

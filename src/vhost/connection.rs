@@ -32,7 +32,7 @@ use super::tmf::ControlQueue;
 use super::wire::Config;
 use super::worker::Worker;
 use super::{Device, FIXED_QUEUES, Offer, refused};
-use crate::scsi::{Nexus, address, lun};
+use crate::scsi::{Nexus, Port, address, lun};
 
 const CONTROL_QUEUE: usize = 0;
 const EVENT_QUEUE: usize = 1;
@@ -88,10 +88,10 @@ pub(super) struct Connection {
 
 impl Connection {
     /// A connection on which nothing was said yet.
-    pub(super) fn new(device: Arc<Device>) -> Self {
+    pub(super) fn new(device: Arc<Device>, port: Port) -> Self {
         let queues = FIXED_QUEUES + device.offer.request_queues;
         Connection {
-            nexus: device.target.connect(),
+            nexus: device.target.connect(port),
             device,
             features: 0,
             protocol_features: 0,
@@ -159,7 +159,8 @@ impl Connection {
         let worker = match index {
             CONTROL_QUEUE => {
                 let peers = Arc::clone(&self.peers);
-                let make = |_| ControlQueue::new(target, nexus, peers, index);
+                let connections = Arc::clone(&self.device.connections);
+                let make = |_| ControlQueue::new(target, nexus, peers, connections, index);
                 Worker::start(name, new, kick, None, make)
             }
             EVENT_QUEUE => {

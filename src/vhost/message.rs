@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::eventfd::EventFd;
 
+use super::FIXED_QUEUES;
 use super::dirty_log::DirtyLog;
 use super::memory::GuestMemory;
-use super::wire::{Response, T_PARAM_CHANGE};
+use super::wire::{Ended, T_PARAM_CHANGE};
 use crate::scsi::{LunNumber, UnitAttention};
 
 /// What others want of a queue thread.
@@ -81,30 +82,47 @@ impl Mailbox {
 /// The mailboxes of the queue threads of one connection, by queue index.
 pub(super) type Peers = Arc<Mutex<HashMap<usize, Mailbox>>>;
 
+/// Sends a sweep to all request queues of a connection.
+pub(super) fn send_sweep(peers: &Peers, sweep: &Arc<Sweep>) {
+    let peers = peers.lock().unwrap_or_else(PoisonError::into_inner);
+    for (_, mailbox) in peers.iter().filter(|(index, _)| is_request_queue(**index)) {
+        mailbox.send(Message::Sweep(Arc::clone(sweep)));
+    }
+}
+
+/// Queue 0 is the control queue, 1 the event queue, the rest are request queues.
+fn is_request_queue(index: usize) -> bool {
+    index >= FIXED_QUEUES
+}
+
 /// A search through the commands in flight on all request queues.
 #[derive(Debug)]
 pub(super) struct Sweep {
-    id: u64,
     disks: Vec<usize>,
     tag: Option<u64>,
-    ends_with: Option<Response>,
+    ends_with: Option<Ended>,
     any: AtomicBool,
-    found: Arc<AtomicBool>,
-    report_to: Mailbox,
+    report: Report,
+}
+
+/// Who waits for the end of a sweep.
+#[derive(Debug)]
+pub(super) enum Report {
+    /// A control queue, which knows it by a number, and whether anything was found.
+    Queue { to: Mailbox, id: u64, found: Arc<AtomicBool> },
+    /// Somebody at the other end, which hangs up.
+    Caller { _end: Sender<()> },
 }
 
 impl Sweep {
-    /// A sweep for commands to `disks` (and, if given, with this tag), which reports its end as
-    /// number `id` and says in `found` whether there were any.
+    /// A sweep for commands to `disks` (and, if given, with this tag).
     pub(super) fn new(
-        id: u64,
         disks: Vec<usize>,
         tag: Option<u64>,
-        ends_with: Option<Response>,
-        found: Arc<AtomicBool>,
-        report_to: Mailbox,
+        ends_with: Option<Ended>,
+        report: Report,
     ) -> Self {
-        Sweep { id, disks, tag, ends_with, any: AtomicBool::new(false), found, report_to }
+        Sweep { disks, tag, ends_with, any: AtomicBool::new(false), report }
     }
 
     /// Whether it is about this command.
@@ -118,15 +136,17 @@ impl Sweep {
     }
 
     /// How to end what it finds, if at all.
-    pub(super) fn ends_with(&self) -> Option<Response> {
+    pub(super) fn ends_with(&self) -> Option<Ended> {
         self.ends_with
     }
 }
 
 impl Drop for Sweep {
     fn drop(&mut self) {
-        self.found.store(self.any.load(Ordering::Acquire), Ordering::Release);
-        self.report_to.send(Message::Swept(self.id));
+        if let Report::Queue { to, id, found } = &self.report {
+            found.store(self.any.load(Ordering::Acquire), Ordering::Release);
+            to.send(Message::Swept(*id));
+        }
     }
 }
 

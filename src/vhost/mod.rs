@@ -23,15 +23,17 @@ mod worker;
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use vhost::vhost_user::{BackendReqHandler, Error};
 
-use crate::scsi::{Lun, Target, UnitAttention};
+use crate::scsi::{Lun, Port, Target, Tasks, UnitAttention};
 use crate::store::engine::EngineKind;
 use connection::Connection;
-use message::Peers;
+use message::{Peers, Report, Sweep, send_sweep};
+use wire::Ended;
 
 /// Queues before the first request queue.
 pub const FIXED_QUEUES: usize = 2;
@@ -49,33 +51,61 @@ pub struct Offer {
     pub poll: Duration,
 }
 
-/// The device that front ends connect to, one after another.
+/// The queues of the connections that are served now: at most one to a port.
+struct Connections(Mutex<Vec<(Port, Peers)>>);
+
+impl Connections {
+    fn all(&self) -> MutexGuard<'_, Vec<(Port, Peers)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends a sweep to the request queues of some of them.
+    fn sweep(&self, which: impl Fn(Port) -> bool, sweep: &Arc<Sweep>) {
+        for (_, peers) in self.all().iter().filter(|(port, _)| which(*port)) {
+            send_sweep(peers, sweep);
+        }
+    }
+}
+
+impl Tasks for Connections {
+    fn abort(&self, ports: &[Port], disk: usize) -> Receiver<()> {
+        let (end, ended) = mpsc::channel();
+        let report = Report::Caller { _end: end };
+        let sweep = Sweep::new(vec![disk], None, Some(Ended::TaskAborted), report);
+        self.sweep(|port| ports.contains(&port), &Arc::new(sweep));
+        ended
+    }
+}
+
+/// The device that front ends connect to: several at a time, each by a port of its own.
 pub struct Device {
     target: Arc<Target>,
     offer: Offer,
-    /// The queues of the connection that is served now.
-    peers: Mutex<Option<Peers>>,
+    connections: Arc<Connections>,
 }
 
 impl Device {
     /// A device over these disks.
     pub fn new(target: Arc<Target>, offer: Offer) -> Self {
-        Device { target, offer, peers: Mutex::default() }
+        let connections = Arc::new(Connections(Mutex::default()));
+        let tasks: Arc<dyn Tasks> = Arc::<Connections>::clone(&connections);
+        target.set_tasks(Arc::downgrade(&tasks));
+        Device { target, offer, connections }
     }
 
-    /// Serves one connection until the front end goes away or [`UnixStream::shutdown`] is called on a
+    /// Serves one connection by a port, which has no other, until the front end goes away or [`UnixStream::shutdown`] is called on a
     /// clone of `stream`. When it returns, nothing is in flight and the guest's memory is unmapped.
-    pub fn serve(self: &Arc<Self>, stream: UnixStream) {
-        let connection = Connection::new(Arc::clone(self));
-        *self.peers() = Some(connection.peers());
+    pub fn serve(self: &Arc<Self>, port: Port, stream: UnixStream) {
+        let connection = Connection::new(Arc::clone(self), port);
+        self.connections.all().push((port, connection.peers()));
         let connection = Arc::new(Mutex::new(connection));
         let queues = FIXED_QUEUES + self.offer.request_queues;
         let end = match stream.try_clone() {
             Ok(copy) => handle_messages(queues, &copy, stream, &connection),
             Err(error) => refused(error),
         };
-        *self.peers() = None;
         connection.lock().unwrap_or_else(PoisonError::into_inner).stop_all(true);
+        self.connections.all().retain(|(of, _)| *of != port);
         match end {
             Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage => {
                 log::info!("front end is gone");
@@ -99,15 +129,11 @@ impl Device {
         let (target, lun) = (disk.settings().target, disk.settings().lun);
         log::info!("target {target} LUN {}: {} blocks now", lun.get(), disk.blocks());
         self.target.announce(disk, UnitAttention::CapacityChanged, None);
-        if let Some(peers) = self.peers().as_ref() {
+        for (_, peers) in self.connections.all().iter() {
             let event =
                 message::Event::parameters_changed(target, lun, UnitAttention::CapacityChanged);
             connection::send_event(peers, event);
         }
-    }
-
-    fn peers(&self) -> std::sync::MutexGuard<'_, Option<Peers>> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -10,7 +10,7 @@ use super::guest_buf::Chain;
 use super::message::{Message, Sweep};
 use super::order::{Attribute, Order};
 use super::ring::Ring;
-use super::wire::{CommandHeader, CommandResponse, Response};
+use super::wire::{CommandHeader, CommandResponse, Ended, Response};
 use super::worker::Service;
 use crate::scsi::{
     self, Cdb, Delivery, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer,
@@ -47,7 +47,7 @@ struct Task {
     /// `None` for a job.
     transfer: Option<Transfer>,
     /// How it ends if a task management function ended it.
-    ended: Option<Response>,
+    ended: Option<Ended>,
     /// Task management functions that wait for its end.
     sweeps: Vec<Arc<Sweep>>,
 }
@@ -257,8 +257,8 @@ impl RequestQueue {
                 continue;
             }
             sweep.found();
-            if let Some(response) = sweep.ends_with() {
-                task.ended = Some(response);
+            if let Some(how) = sweep.ends_with() {
+                task.ended = Some(how);
                 task.sweeps.push(Arc::clone(sweep));
                 self.flights.engine.cancel(slot);
             }
@@ -269,8 +269,8 @@ impl RequestQueue {
                 continue;
             }
             sweep.found();
-            if let Some(response) = sweep.ends_with() {
-                self.end_waiting(ring, disk, response, selected);
+            if let Some(how) = sweep.ends_with() {
+                self.end_waiting(ring, disk, how, selected);
             }
         }
     }
@@ -280,12 +280,12 @@ impl RequestQueue {
         &mut self,
         ring: &mut Ring,
         disk: usize,
-        response: Response,
+        how: Ended,
         which: impl Fn(u64) -> bool,
     ) {
         for (received, ..) in self.order.take(disk, |(received, ..)| which(received.tag)) {
             if !self.leaves {
-                received.answer(ring, Some(response), &Outcome::undelivered(Delivery::Aborted));
+                received.answer(ring, Some(how), &Outcome::undelivered(Delivery::Aborted));
             }
         }
         self.go_on(ring, disk);
@@ -295,7 +295,7 @@ impl RequestQueue {
     fn give_up(&mut self, ring: &mut Ring, leave: bool) {
         self.leaves = leave && ring.keeps_requests();
         for disk in self.order.disks() {
-            self.end_waiting(ring, disk, Response::Aborted, |_| true);
+            self.end_waiting(ring, disk, Ended::As(Response::Aborted), |_| true);
         }
         for slot in 0..self.flights.tasks.len() {
             self.flights.engine.cancel(u32::try_from(slot).unwrap_or(u32::MAX));
@@ -371,10 +371,10 @@ impl Service for RequestQueue {
 impl Received {
     /// Writes the response and gives the chain back, with the bytes written to it. `instead` stands in for
     /// the outcome of a command that was ended from outside.
-    fn answer(&self, ring: &mut Ring, instead: Option<Response>, outcome: &Outcome) {
+    fn answer(&self, ring: &mut Ring, instead: Option<Ended>, outcome: &Outcome) {
         let response = match instead {
             None => CommandResponse::new(outcome, self.data.len),
-            Some(response) => CommandResponse::bare(response, self.data.len),
+            Some(how) => CommandResponse::ended(how, self.data.len),
         };
         let header = self.response.write_at(0, response.as_bytes());
         let data = if self.data.to_driver { outcome.transferred } else { 0 };

@@ -12,12 +12,13 @@ use std::sync::{Arc, PoisonError};
 
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::Connections;
 use super::guest_buf::Chain;
-use super::message::{Message, Peers, Sweep};
+use super::message::{Message, Peers, Report, Sweep, send_sweep};
 use super::ring::Ring;
 use super::wire::{
-    AsyncNotification, AsyncNotificationResponse, Response, T_AN_QUERY, T_AN_SUBSCRIBE, T_TMF,
-    TaskManagement,
+    AsyncNotification, AsyncNotificationResponse, Ended, Response, T_AN_QUERY, T_AN_SUBSCRIBE,
+    T_TMF, TaskManagement,
 };
 use super::worker::Service;
 use crate::scsi::{Addressed, Lun, Nexus, Target, UnitAttention};
@@ -54,12 +55,12 @@ impl Function {
     }
 
     /// How the commands it ends are answered.
-    fn ends_with(self) -> Option<Response> {
+    fn ends_with(self) -> Option<Ended> {
         match self {
             Function::AbortTask | Function::AbortTaskSet | Function::ClearTaskSet => {
-                Some(Response::Aborted)
+                Some(Ended::As(Response::Aborted))
             }
-            Function::ItNexusReset | Function::LogicalUnitReset => Some(Response::Reset),
+            Function::ItNexusReset | Function::LogicalUnitReset => Some(Ended::As(Response::Reset)),
             Function::QueryTask | Function::QueryTaskSet => None,
         }
     }
@@ -84,6 +85,7 @@ pub(super) struct ControlQueue {
     target: Arc<Target>,
     nexus: Arc<Nexus>,
     peers: Peers,
+    connections: Arc<Connections>,
     index: usize,
     pending: HashMap<u64, Pending>,
     next: u64,
@@ -91,8 +93,15 @@ pub(super) struct ControlQueue {
 
 impl ControlQueue {
     /// The control queue `index` of a connection.
-    pub(super) fn new(target: Arc<Target>, nexus: Arc<Nexus>, peers: Peers, index: usize) -> Self {
-        ControlQueue { target, nexus, peers, index, pending: HashMap::new(), next: 0 }
+    pub(super) fn new(
+        target: Arc<Target>,
+        nexus: Arc<Nexus>,
+        peers: Peers,
+        connections: Arc<Connections>,
+        index: usize,
+    ) -> Self {
+        let pending = HashMap::new();
+        ControlQueue { target, nexus, peers, connections, index, pending, next: 0 }
     }
 
     fn begin(&mut self, ring: &mut Ring, chain: Chain) {
@@ -174,15 +183,20 @@ impl ControlQueue {
         let id = self.next;
         self.next += 1;
         let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(report_to) = peers.get(&self.index).cloned() else {
+        let mailbox = peers.get(&self.index).cloned();
+        drop(peers);
+        let Some(to) = mailbox else {
             return answer(ring, pending.head, &pending.room, Response::Failure);
         };
         let disks = pending.disks.iter().map(|d| d.index()).collect();
         let found = Arc::clone(&pending.found);
-        let ends_with = pending.function.ends_with();
-        let sweep = Arc::new(Sweep::new(id, disks, tag, ends_with, found, report_to));
-        for (_, mailbox) in peers.iter().filter(|(index, _)| is_request_queue(**index)) {
-            mailbox.send(Message::Sweep(Arc::clone(&sweep)));
+        let report = Report::Queue { to, id, found };
+        let sweep = Arc::new(Sweep::new(disks, tag, pending.function.ends_with(), report));
+        // A reset ends everybody's commands; all else is about those of this initiator: each has a task set
+        // of its own (TST 001b).
+        match pending.function {
+            Function::LogicalUnitReset => self.connections.sweep(|_| true, &sweep),
+            _ => send_sweep(&self.peers, &sweep),
         }
         self.pending.insert(id, pending);
     }
@@ -199,6 +213,7 @@ impl ControlQueue {
             match pending.function {
                 Function::LogicalUnitReset => self.target.reset(disk),
                 Function::ItNexusReset => {
+                    disk.reservations().nexus_lost(self.nexus.port());
                     self.nexus.attentions(disk.index()).raise(UnitAttention::NexusLoss);
                 }
                 Function::AbortTask
@@ -210,11 +225,6 @@ impl ControlQueue {
         }
         answer(ring, pending.head, &pending.room, response);
     }
-}
-
-/// Queue 0 is the control queue, 1 the event queue, the rest are request queues.
-pub(super) fn is_request_queue(index: usize) -> bool {
-    index >= 2
 }
 
 fn answer(ring: &mut Ring, head: u16, room: &Buffers, response: Response) {

@@ -5,7 +5,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::scsi::wire::CDB_SIZE;
-use crate::scsi::{Delivery, Outcome};
+use crate::scsi::{Delivery, Outcome, Status};
 
 /// Bytes of sense data in a response (QEMU fixes `sense_size` to this).
 pub(super) const SENSE_SIZE: usize = 96;
@@ -50,7 +50,27 @@ pub(super) enum Response {
     IncorrectLun = 12,
 }
 
+/// How a command is answered that was ended from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// By its own initiator, or a reset.
+    As(Response),
+    /// By another initiator: with a status, as the TAS bit says (SAM-6 5.3.1).
+    TaskAborted,
+}
+
 impl CommandResponse {
+    /// The response of a command that was ended from outside.
+    pub(super) fn ended(how: Ended, data_len: usize) -> Self {
+        match how {
+            Ended::As(response) => Self::bare(response, data_len),
+            Ended::TaskAborted => {
+                let status = Status::TaskAborted as u8;
+                CommandResponse { status, ..Self::bare(Response::Ok, data_len) }
+            }
+        }
+    }
+
     /// A response without status, sense or transfer.
     pub(super) fn bare(response: Response, data_len: usize) -> Self {
         let mut this = Self::new_zeroed();

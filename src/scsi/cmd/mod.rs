@@ -12,6 +12,7 @@ mod mode;
 mod power;
 mod receive_copy;
 mod report;
+mod reserve;
 mod rw;
 mod sanitize;
 mod sense;
@@ -27,6 +28,7 @@ use std::sync::{Arc, LazyLock};
 use super::attention::Nexus;
 use super::background::Tolerance;
 use super::lun::Lun;
+use super::reservations::Conflict;
 use super::sense::{ScsiError, asc};
 use super::target::Target;
 use super::wire::Cdb;
@@ -102,7 +104,7 @@ pub struct Bits {
 /// What a handler gets.
 pub struct Context<'a> {
     /// The whole target, for commands that look beyond their disk.
-    pub target: &'a Target,
+    pub target: &'a Arc<Target>,
     /// Who asks.
     pub nexus: &'a Arc<Nexus>,
     /// The disk that is asked.
@@ -166,6 +168,8 @@ pub struct Command {
     pub data: Data,
     /// What it does with the medium.
     pub access: Access,
+    /// How it gets along with the reservation of another initiator.
+    pub conflict: Conflict,
     /// What the disk must offer.
     pub needs: Needs,
     /// Bits of `usage` that only some disks look at.
@@ -386,6 +390,11 @@ const fn row(
         usage,
         data,
         access,
+        conflict: match access {
+            Access::None => Conflict::Never,
+            Access::Read => Conflict::ExclusiveAccess,
+            Access::Write => Conflict::Always,
+        },
         needs: Needs::Nothing,
         options: &[],
         mends: false,
@@ -414,6 +423,11 @@ impl Command {
 
     const fn options(mut self, options: &'static [Bits]) -> Self {
         self.options = options;
+        self
+    }
+
+    const fn reserved(mut self, conflict: Conflict) -> Self {
+        self.conflict = conflict;
         self
     }
 
@@ -470,6 +484,26 @@ const fn receive_cdb(list_id: [u8; 4]) -> [u8; 16] {
     [0x84, 0, a, b, c, d, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0]
 }
 
+/// Usage of PERSISTENT RESERVE IN: allocation length.
+const fn reserve_in_cdb() -> [u8; 10] {
+    [0x5e, 0, 0, 0, 0, 0, 0, FF, FF, 0]
+}
+
+/// Usage of PERSISTENT RESERVE OUT: SCOPE and TYPE, parameter list length.
+const fn reserve_out_cdb() -> [u8; 10] {
+    [0x5f, 0, FF, 0, 0, FF, FF, FF, FF, 0]
+}
+
+/// START STOP UNIT takes nothing from anybody where it starts the disk (SBC-4 table 13).
+fn starts(cdb: &Cdb) -> bool {
+    cdb.byte(4) & 0xf1 == 0x01
+}
+
+/// Nor does PREVENT ALLOW MEDIUM REMOVAL where it allows it.
+fn allows(cdb: &Cdb) -> bool {
+    cdb.byte(4) & 0x03 == 0
+}
+
 /// Usage of WRITE SAME(32): LBA, expected tags, blocks. CONTROL is byte 1.
 #[rustfmt::skip]
 const WRITE_SAME_32: [u8; 32] = [
@@ -490,61 +524,86 @@ const NO: Data = Data::None;
 /// No access to the medium.
 const NA: Access = Access::None;
 
+/// Runs under any reservation but a RESERVE.
+const KNOWN: Conflict = Conflict::NeverPersistent;
+/// Runs under the Write Exclusive types.
+const READS: Conflict = Conflict::ExclusiveAccess;
+/// Only for those whom a reservation is for.
+const MINE: Conflict = Conflict::Always;
+/// Looks at reservations itself.
+const ITSELF: Conflict = Conflict::Itself;
+
 /// Every command there is, in the order of operation codes.
 #[rustfmt::skip]
 pub static TABLE: &[Command] = &[
-    row("TEST UNIT READY", &[0x00, 0, 0, 0, 0, 0], NO, Read, QUICK, power::test_unit_ready),
+    row("TEST UNIT READY", &[0x00, 0, 0, 0, 0, 0], NO, Read, QUICK, power::test_unit_ready).reserved(KNOWN),
     row("REQUEST SENSE", &[0x03, 1, 0, 0, FF, 0], In, NA, QUICK, sense::request_sense).exempt(),
     row("FORMAT UNIT", &[0x04, FORMAT_FLAGS, 0, 0, 0, 0], Out, Write, LONG, format::format_unit).mends(),
     row("READ(6)", &[0x08, 0x1f, FF, FF, FF, 0], In, Read, TRANSFER, rw::read),
     row("WRITE(6)", &[0x0a, 0x1f, FF, FF, FF, 0], Out, Write, TRANSFER, rw::write),
     row("INQUIRY", &[0x12, 1, FF, FF, FF, 0], In, NA, QUICK, inquiry::inquiry).exempt(),
-    row("MODE SELECT(6)", &[0x15, 0x11, 0, 0, FF, 0], Out, NA, FLUSH, mode::mode_select),
-    row("MODE SENSE(6)", &[0x1a, 0x08, FF, FF, FF, 0], In, NA, QUICK, mode::mode_sense),
-    row("START STOP UNIT", &[0x1b, 1, 0, 0x0f, 0xf7, 0], NO, NA, FLUSH, power::start_stop_unit),
-    row("PREVENT ALLOW MEDIUM REMOVAL", &[0x1e, 0, 0, 0, 3, 0], NO, NA, QUICK, power::prevent_allow),
-    row("READ CAPACITY(10)", &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], In, Read, QUICK, capacity::read_capacity_10),
+    row("MODE SELECT(6)", &[0x15, 0x11, 0, 0, FF, 0], Out, NA, FLUSH, mode::mode_select).reserved(MINE),
+    row("RESERVE(6)", &[0x16, 0, 0, 0, 0, 0], NO, NA, QUICK, reserve::basic_reserve).reserved(ITSELF),
+    row("RELEASE(6)", &[0x17, 0, 0, 0, 0, 0], NO, NA, QUICK, reserve::basic_release).reserved(ITSELF),
+    row("MODE SENSE(6)", &[0x1a, 0x08, FF, FF, FF, 0], In, NA, QUICK, mode::mode_sense).reserved(READS),
+    row("START STOP UNIT", &[0x1b, 1, 0, 0x0f, 0xf7, 0], NO, NA, FLUSH, power::start_stop_unit).reserved(Conflict::Unless(starts)),
+    row("PREVENT ALLOW MEDIUM REMOVAL", &[0x1e, 0, 0, 0, 3, 0], NO, NA, QUICK, power::prevent_allow).reserved(Conflict::Unless(allows)),
+    row("READ CAPACITY(10)", &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], In, Read, QUICK, capacity::read_capacity_10).reserved(Conflict::Never),
     row("READ(10)", const { &cdb10(0x28, DPO_FUA) }, In, Read, TRANSFER, rw::read),
     row("WRITE(10)", const { &cdb10(0x2a, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
     row("WRITE AND VERIFY(10)", const { &cdb10(0x2e, DPO_BYTCHK_LOW) }, Out, Write, TRANSFER, verify::write_and_verify),
     row("VERIFY(10)", const { &cdb10(0x2f, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
     row("PRE-FETCH(10)", const { &cdb10(0x34, IMMED) }, NO, Read, QUICK, flush::prefetch),
-    row("SYNCHRONIZE CACHE(10)", const { &cdb10(0x35, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache),
+    row("SYNCHRONIZE CACHE(10)", const { &cdb10(0x35, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache).reserved(MINE),
     row("WRITE SAME(10)", const { &cdb10(0x41, UNMAP_ANCHOR) }, Out, Write, FLUSH, write_same::write_same).options(const { &write_same_options(1) }),
     row("UNMAP", &[0x42, 1, 0, 0, 0, 0, GROUP, FF, FF, 0], Out, Write, FLUSH, unmap::unmap).if_thin().options(&[Bits { byte: 1, bits: 1, needs: Needs::Anchors }]),
     row("SANITIZE OVERWRITE", const { &sanitize_cdb() }, Out, Write, LONG, sanitize::overwrite).action(0x01).mends(),
     row("SANITIZE BLOCK ERASE", const { &sanitize_cdb() }, NO, Write, LONG, sanitize::block_erase).action(0x02).mends(),
     row("SANITIZE EXIT FAILURE MODE", const { &sanitize_cdb() }, NO, Write, LONG, sanitize::exit_failure_mode).action(0x1f).mends(),
     row("LOG SENSE", &[0x4d, 0, FF, FF, 0, FF, FF, FF, FF, 0], In, NA, QUICK, log::log_sense),
-    row("MODE SELECT(10)", &[0x55, 0x11, 0, 0, 0, 0, 0, FF, FF, 0], Out, NA, FLUSH, mode::mode_select),
-    row("MODE SENSE(10)", &[0x5a, 0x18, FF, FF, 0, 0, 0, FF, FF, 0], In, NA, QUICK, mode::mode_sense),
+    row("MODE SELECT(10)", &[0x55, 0x11, 0, 0, 0, 0, 0, FF, FF, 0], Out, NA, FLUSH, mode::mode_select).reserved(MINE),
+    row("RESERVE(10)", &[0x56, 0, 0, 0, 0, 0, 0, 0, 0, 0], NO, NA, QUICK, reserve::basic_reserve).reserved(ITSELF),
+    row("RELEASE(10)", &[0x57, 0, 0, 0, 0, 0, 0, 0, 0, 0], NO, NA, QUICK, reserve::basic_release).reserved(ITSELF),
+    row("MODE SENSE(10)", &[0x5a, 0x18, FF, FF, 0, 0, 0, FF, FF, 0], In, NA, QUICK, mode::mode_sense).reserved(READS),
+    row("PERSISTENT RESERVE IN READ KEYS", const { &reserve_in_cdb() }, In, NA, QUICK, reserve::read_keys).action(0x00).reserved(ITSELF),
+    row("PERSISTENT RESERVE IN READ RESERVATION", const { &reserve_in_cdb() }, In, NA, QUICK, reserve::read_reservation).action(0x01).reserved(ITSELF),
+    row("PERSISTENT RESERVE IN REPORT CAPABILITIES", const { &reserve_in_cdb() }, In, NA, QUICK, reserve::report_capabilities).action(0x02).reserved(ITSELF),
+    row("PERSISTENT RESERVE IN READ FULL STATUS", const { &reserve_in_cdb() }, In, NA, QUICK, reserve::read_full_status).action(0x03).reserved(ITSELF),
+    row("PERSISTENT RESERVE OUT REGISTER", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::register).action(0x00).reserved(ITSELF),
+    row("PERSISTENT RESERVE OUT RESERVE", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::reserve).action(0x01).reserved(ITSELF),
+    row("PERSISTENT RESERVE OUT RELEASE", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::release).action(0x02).reserved(ITSELF),
+    row("PERSISTENT RESERVE OUT CLEAR", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::clear).action(0x03).reserved(ITSELF),
+    row("PERSISTENT RESERVE OUT PREEMPT", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::preempt).action(0x04).reserved(ITSELF),
+    row("PERSISTENT RESERVE OUT PREEMPT AND ABORT", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::preempt_and_abort).action(0x05).reserved(ITSELF),
+    row("PERSISTENT RESERVE OUT REGISTER AND IGNORE EXISTING KEY", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::register_and_ignore).action(0x06).reserved(ITSELF),
+    row("PERSISTENT RESERVE OUT REGISTER AND MOVE", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::register_and_move).action(0x07).reserved(ITSELF),
     row("WRITE SAME(32)", &WRITE_SAME_32, Out, Write, FLUSH, write_same::write_same).variable(0x0d).options(const { &write_same_options(10) }),
     row("GET LBA STATUS(32)", &GET_LBA_STATUS_32, In, Read, TRANSFER, lba_status::get_lba_status_32).variable(0x12),
-    row("EXTENDED COPY(LID1)", const { &copy_cdb([0, 0, 0, 0], 0) }, Out, Read, LONG, extended_copy::lid1).action(0x00).once(),
-    row("EXTENDED COPY(LID4)", const { &copy_cdb([0, 0, 0, 0], 0) }, Out, Read, LONG, extended_copy::lid4).action(0x01).once(),
+    row("EXTENDED COPY(LID1)", const { &copy_cdb([0, 0, 0, 0], 0) }, Out, Read, LONG, extended_copy::lid1).action(0x00).once().reserved(MINE),
+    row("EXTENDED COPY(LID4)", const { &copy_cdb([0, 0, 0, 0], 0) }, Out, Read, LONG, extended_copy::lid4).action(0x01).once().reserved(MINE),
     row("POPULATE TOKEN", const { &copy_cdb([FF, FF, FF, FF], GROUP) }, Out, Read, LONG, token::populate).action(0x10),
     row("WRITE USING TOKEN", const { &copy_cdb([FF, FF, FF, FF], GROUP) }, Out, Write, LONG, token::write).action(0x11),
-    row("COPY OPERATION ABORT", &[0x83, 0, FF, FF, FF, FF, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], NO, NA, FLUSH, extended_copy::abort).action(0x1c),
-    row("RECEIVE COPY STATUS(LID1)", const { &receive_cdb([FF, 0, 0, 0]) }, In, NA, QUICK, receive_copy::status_lid1).action(0x00),
-    row("RECEIVE COPY DATA(LID1)", const { &receive_cdb([FF, 0, 0, 0]) }, In, NA, QUICK, receive_copy::data_lid1).action(0x01),
+    row("COPY OPERATION ABORT", &[0x83, 0, FF, FF, FF, FF, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], NO, NA, FLUSH, extended_copy::abort).action(0x1c).reserved(MINE),
+    row("RECEIVE COPY STATUS(LID1)", const { &receive_cdb([FF, 0, 0, 0]) }, In, NA, QUICK, receive_copy::status_lid1).action(0x00).reserved(MINE),
+    row("RECEIVE COPY DATA(LID1)", const { &receive_cdb([FF, 0, 0, 0]) }, In, NA, QUICK, receive_copy::data_lid1).action(0x01).reserved(MINE),
     row("RECEIVE COPY OPERATING PARAMETERS", const { &receive_cdb([0; 4]) }, In, NA, QUICK, receive_copy::operating_parameters).action(0x03),
-    row("RECEIVE COPY FAILURE DETAILS(LID1)", const { &receive_cdb([FF, 0, 0, 0]) }, In, NA, QUICK, receive_copy::failure_details).action(0x04),
-    row("RECEIVE COPY STATUS(LID4)", const { &receive_cdb([FF; 4]) }, In, NA, QUICK, receive_copy::status_lid4).action(0x05),
-    row("RECEIVE COPY DATA(LID4)", const { &receive_cdb([FF; 4]) }, In, NA, QUICK, receive_copy::data_lid4).action(0x06),
-    row("RECEIVE ROD TOKEN INFORMATION", const { &receive_cdb([FF; 4]) }, In, NA, QUICK, receive_copy::token_information).action(0x07),
-    row("REPORT ALL ROD TOKENS", const { &receive_cdb([0; 4]) }, In, NA, QUICK, receive_copy::all_tokens).action(0x08),
+    row("RECEIVE COPY FAILURE DETAILS(LID1)", const { &receive_cdb([FF, 0, 0, 0]) }, In, NA, QUICK, receive_copy::failure_details).action(0x04).reserved(MINE),
+    row("RECEIVE COPY STATUS(LID4)", const { &receive_cdb([FF; 4]) }, In, NA, QUICK, receive_copy::status_lid4).action(0x05).reserved(MINE),
+    row("RECEIVE COPY DATA(LID4)", const { &receive_cdb([FF; 4]) }, In, NA, QUICK, receive_copy::data_lid4).action(0x06).reserved(MINE),
+    row("RECEIVE ROD TOKEN INFORMATION", const { &receive_cdb([FF; 4]) }, In, NA, QUICK, receive_copy::token_information).action(0x07).reserved(MINE),
+    row("REPORT ALL ROD TOKENS", const { &receive_cdb([0; 4]) }, In, NA, QUICK, receive_copy::all_tokens).action(0x08).reserved(MINE),
     row("READ(16)", const { &cdb16(0x88, DPO_FUA) }, In, Read, TRANSFER, rw::read),
     row("WRITE(16)", const { &cdb16(0x8a, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
     row("WRITE AND VERIFY(16)", const { &cdb16(0x8e, DPO_BYTCHK_LOW) }, Out, Write, TRANSFER, verify::write_and_verify),
     row("VERIFY(16)", const { &cdb16(0x8f, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
     row("PRE-FETCH(16)", const { &cdb16(0x90, IMMED) }, NO, Read, QUICK, flush::prefetch),
-    row("SYNCHRONIZE CACHE(16)", const { &cdb16(0x91, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache),
+    row("SYNCHRONIZE CACHE(16)", const { &cdb16(0x91, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache).reserved(MINE),
     row("WRITE SAME(16)", const { &cdb16(0x93, UNMAP_ANCHOR | NDOB) }, Out, Write, FLUSH, write_same::write_same).options(const { &write_same_options(1) }),
-    row("READ CAPACITY(16)", &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, Read, QUICK, capacity::read_capacity_16).action(0x10),
+    row("READ CAPACITY(16)", &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, Read, QUICK, capacity::read_capacity_16).action(0x10).reserved(Conflict::Never),
     row("GET LBA STATUS(16)", &[0x9e, 0x12, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, 0], In, Read, TRANSFER, lba_status::get_lba_status_16).action(0x12),
     row("REPORT LUNS", &[0xa0, 0, FF, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::report_luns).exempt(),
-    row("REPORT SUPPORTED OPERATION CODES", &[0xa3, 0x0c, 0x87, FF, FF, FF, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::supported_operation_codes).action(0x0c),
-    row("REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS", &[0xa3, 0x0d, 0x80, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::supported_task_management).action(0x0d),
+    row("REPORT SUPPORTED OPERATION CODES", &[0xa3, 0x0c, 0x87, FF, FF, FF, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::supported_operation_codes).action(0x0c).reserved(READS),
+    row("REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS", &[0xa3, 0x0d, 0x80, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::supported_task_management).action(0x0d).reserved(READS),
     row("READ(12)", const { &cdb12(0xa8, DPO_FUA) }, In, Read, TRANSFER, rw::read),
     row("WRITE(12)", const { &cdb12(0xaa, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
     row("WRITE AND VERIFY(12)", const { &cdb12(0xae, DPO_BYTCHK_LOW) }, Out, Write, TRANSFER, verify::write_and_verify),

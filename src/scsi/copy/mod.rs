@@ -281,9 +281,10 @@ impl ScsiError {
     fn as_sense(self) -> Sense {
         match self {
             ScsiError::Check(sense) => sense,
-            ScsiError::Busy | ScsiError::Overrun | ScsiError::Aborted => {
-                Sense::new(Key::CopyAborted, asc::NONE)
-            }
+            ScsiError::Busy
+            | ScsiError::ReservationConflict
+            | ScsiError::Overrun
+            | ScsiError::Aborted => Sense::new(Key::CopyAborted, asc::NONE),
         }
     }
 }
