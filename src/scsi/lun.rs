@@ -1,17 +1,20 @@
 //! One disk: its identity, its geometry and the state that commands change.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Outcome;
 use super::address::LunNumber;
 use super::background::Background;
+use super::cmd::buffer::Scratch;
+use super::cmd::identity::Clock;
 use super::mode_pages::Pages;
 use super::provisioning::SpaceWatch;
 use super::reservations::Reservations;
 use super::sense::{Key, ScsiError, Sense, asc};
-use crate::store::{Capabilities, Durability, Store, StoreError};
+use super::statistics::Statistics;
+use crate::store::{Capabilities, Durability, Exclusion, Store, StoreError};
 
 /// Most bytes that one command may transfer or verify (VPD B0 MAXIMUM TRANSFER LENGTH).
 pub const MAX_TRANSFER: u64 = 32 << 20;
@@ -63,11 +66,15 @@ pub struct Lun {
     settings: LunSettings,
     index: usize,
     store: Arc<dyn Store>,
+    exclusion: Arc<Exclusion>,
     blocks: AtomicU64,
     started: AtomicBool,
     pages: Pages,
     background: Background,
     reservations: Reservations,
+    statistics: Statistics,
+    scratch: Mutex<Scratch>,
+    clock: Mutex<Clock>,
     space_watch: Option<SpaceWatch>,
 }
 
@@ -101,17 +108,22 @@ impl Lun {
         let thin = is_thin(&settings, can);
         // Thresholds are about space that can still be taken, and there must be someone to ask.
         let watched = thin && !can.read_only && store.space()?.is_some();
-        let pages = Pages::new(settings.write_cache, watched);
+        let pages = Pages::new(settings.write_cache, watched, store.notes());
         let reservations = Reservations::of(store.notes());
+        let exclusion = Arc::new(Exclusion::around(store));
         let lun = Lun {
             settings,
             index,
-            store,
+            store: Arc::<Exclusion>::clone(&exclusion),
+            exclusion,
             blocks: AtomicU64::new(0),
             started: AtomicBool::new(true),
             pages,
             background: Background::idle(),
             reservations,
+            statistics: Statistics::new(),
+            scratch: Mutex::default(),
+            clock: Mutex::default(),
             space_watch: watched.then(SpaceWatch::new),
         };
         lun.refresh_capacity()?;
@@ -133,6 +145,11 @@ impl Lun {
         &self.store
     }
 
+    /// For commands that need blocks for themselves.
+    pub fn exclusion(&self) -> &Exclusion {
+        &self.exclusion
+    }
+
     /// Mode pages and what they switch.
     pub fn pages(&self) -> &Pages {
         &self.pages
@@ -146,6 +163,21 @@ impl Lun {
     /// Who has reserved it.
     pub fn reservations(&self) -> &Reservations {
         &self.reservations
+    }
+
+    /// What it has counted.
+    pub fn statistics(&self) -> &Statistics {
+        &self.statistics
+    }
+
+    /// What WRITE BUFFER has left.
+    pub fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its clock.
+    pub fn clock(&self) -> MutexGuard<'_, Clock> {
+        self.clock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Logical block size in bytes.
@@ -241,6 +273,14 @@ impl Lun {
     /// Starts or stops it.
     pub fn set_started(&self, started: bool) {
         self.started.store(started, Ordering::Release);
+    }
+
+    /// Starts or stops it because an initiator wants so.
+    pub fn stop_or_start(&self, start: bool) {
+        if !start && self.is_started() {
+            self.statistics.count_stop();
+        }
+        self.set_started(start);
     }
 
     /// Commands that reach the medium need a started disk.

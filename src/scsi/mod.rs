@@ -15,17 +15,19 @@ pub mod mode_pages;
 pub mod provisioning;
 pub mod reservations;
 pub mod sense;
+pub mod statistics;
 pub mod target;
 pub mod wire;
 
 use crate::store::engine::Job;
-use crate::store::{Buffers, Operation, StoreError};
+use crate::store::{Buffers, Cause, Operation, StoreError};
 
 pub use address::LunNumber;
 pub use attention::{Nexus, Port, UnitAttention};
 pub use dispatch::execute;
 pub use lun::{DetectZeroes, Lun, LunSettings};
 pub use sense::ScsiError;
+use statistics::Activity;
 pub use target::{Addressed, Target, Tasks};
 pub use wire::Cdb;
 
@@ -64,9 +66,20 @@ pub struct Transfer {
 impl Transfer {
     /// The command's outcome from that of the disk's store.
     pub fn finish(&self, lun: &Lun, result: Result<(), StoreError>) -> Outcome {
+        let activity = if self.writing { Activity::Write } else { Activity::Read };
         match result {
-            Ok(()) => Outcome::good(self.bytes),
-            Err(error) => lun.failed(ScsiError::from_store(error, self.writing, lun.block_size())),
+            Ok(()) => {
+                if self.bytes > 0 {
+                    lun.statistics().count(activity, self.bytes);
+                }
+                Outcome::good(self.bytes)
+            }
+            Err(error) => {
+                if error.cause == Cause::Medium {
+                    lun.statistics().count_error(activity);
+                }
+                lun.failed(ScsiError::from_store(error, self.writing, lun.block_size()))
+            }
         }
     }
 }

@@ -7,7 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::sense::{ScsiError, asc};
-use super::wire::{len8, len16};
+use super::wire::{from_hex, len8, len16};
+use crate::store::{Notes, StoreError};
+
+/// The name that saved pages are noted under.
+const NOTE: &str = "mode-pages";
 
 /// All pages, or all subpages.
 const ALL_PAGES: u8 = 0x3f;
@@ -20,6 +24,8 @@ struct Page {
     subpage: u8,
     current: Vec<u8>,
     default: Vec<u8>,
+    /// As after a reset: what was saved, if something was.
+    saved: Vec<u8>,
     /// Bits that MODE SELECT may change.
     changeable: Vec<u8>,
 }
@@ -35,6 +41,7 @@ const LBPERE: Switch = Switch(READ_WRITE_ERROR_RECOVERY, 7, 0x80);
 
 const READ_WRITE_ERROR_RECOVERY: u8 = 0x01;
 const DISCONNECT_RECONNECT: u8 = 0x02;
+const VERIFY_ERROR_RECOVERY: u8 = 0x07;
 const CACHING: u8 = 0x08;
 const CONTROL: u8 = 0x0a;
 const INFORMATIONAL_EXCEPTIONS: u8 = 0x1c;
@@ -75,8 +82,35 @@ impl Page {
             let already = changeable.get(*byte).copied().unwrap_or(0);
             put(&mut changeable, *byte, already | bit);
         }
-        Page { code, subpage, current: default.clone(), default, changeable }
+        let (current, saved) = (default.clone(), default.clone());
+        Page { code, subpage, current, default, saved, changeable }
     }
+
+    fn is_changeable(&self) -> bool {
+        let header = if self.subpage == 0 { 2 } else { 4 };
+        self.changeable.iter().skip(header).any(|bits| *bits != 0)
+    }
+}
+
+/// Pages with what was saved of them.
+fn restored(pages: Vec<Page>, notes: &Notes) -> Vec<Page> {
+    let Some(text) = notes.get(NOTE) else { return pages };
+    let list = from_hex(&text);
+    let mut new = pages.clone();
+    let mut at = 0;
+    while at < list.len() {
+        match select_one(&mut new, &list, at) {
+            Ok(next) => at = next,
+            Err(_) => {
+                log::warn!(
+                    "the mode pages saved beside the image do not fit the disk any more: {text}"
+                );
+                return pages;
+            }
+        }
+    }
+    new.iter_mut().for_each(|page| page.saved.clone_from(&page.current));
+    new
 }
 
 fn put(bytes: &mut [u8], at: usize, value: u8) {
@@ -89,6 +123,8 @@ fn put(bytes: &mut [u8], at: usize, value: u8) {
 #[derive(Debug)]
 pub struct Pages {
     pages: Mutex<Vec<Page>>,
+    /// There is a place to save them in.
+    saves: bool,
     // What every command looks at, kept beside the pages so that it costs no lock.
     write_cache: AtomicBool,
     descriptor_sense: AtomicBool,
@@ -106,25 +142,29 @@ pub struct Thresholds {
 }
 
 impl Pages {
-    /// The pages as they are after power on; `thresholds` says whether space can be watched.
-    pub fn new(write_cache: bool, thresholds: bool) -> Self {
+    /// The pages as they are after power on; `thresholds` says whether space can be watched. What was saved is taken
+    /// from the notes.
+    pub fn new(write_cache: bool, thresholds: bool, notes: &Notes) -> Self {
         let wce = if write_cache { 0x04 } else { 0 };
         let lbpere = if thresholds { vec![LBPERE] } else { Vec::new() };
         let lbpere_on: &[(usize, u8)] = if thresholds { &[(7, 0x80)] } else { &[] };
         let mut pages = vec![
             Page::new(READ_WRITE_ERROR_RECOVERY, 0, 12, lbpere_on, &lbpere),
             Page::new(DISCONNECT_RECONNECT, 0, 16, &[], &[]),
+            Page::new(VERIFY_ERROR_RECOVERY, 0, 12, &[], &[]),
             Page::new(CACHING, 0, 20, &[(2, wce)], &[WCE]),
-            // GLTSD: nothing of the log pages is saved. Unrestricted reordering. BUSY TIMEOUT
-            // PERIOD without limit.
+            // TST 001b: each initiator has a task set of its own. GLTSD: nothing of the log pages is saved.
+            // Unrestricted reordering, QERR 00b. TAS: who ends commands of others has them answered with TASK
+            // ABORTED. BUSY TIMEOUT PERIOD without limit.
             Page::new(
                 CONTROL,
                 0,
                 12,
-                &[(2, 0x02), (3, 0x10), (8, 0xff), (9, 0xff)],
+                &[(2, 0x22), (3, 0x10), (5, 0x40), (8, 0xff), (9, 0xff)],
                 &[D_SENSE, SWP],
             ),
-            Page::new(CONTROL, 1, 32, &[], &[]),
+            // TCMOS and SCSIP: the clock is the host's, until SET TIMESTAMP.
+            Page::new(CONTROL, 1, 32, &[(4, 0x06)], &[]),
             // DEXCPT: there are no informational exceptions to report.
             Page::new(INFORMATIONAL_EXCEPTIONS, 0, 12, &[(2, 0x08)], &[]),
         ];
@@ -132,7 +172,8 @@ impl Pages {
             pages.push(provisioning_page());
         }
         let all = Pages {
-            pages: Mutex::new(pages),
+            pages: Mutex::new(restored(pages, notes)),
+            saves: notes.survive(),
             write_cache: AtomicBool::new(write_cache),
             descriptor_sense: AtomicBool::new(false),
             software_write_protect: AtomicBool::new(false),
@@ -140,6 +181,27 @@ impl Pages {
         };
         all.apply(&all.lock());
         all
+    }
+
+    /// Whether pages can be saved.
+    pub fn saves(&self) -> bool {
+        self.saves
+    }
+
+    /// Saves the pages as they are now; it waits for the host.
+    ///
+    /// # Errors
+    /// If the host cannot keep them.
+    pub fn save(&self, notes: &Notes) -> Result<(), StoreError> {
+        let pages = self.lock().clone();
+        let own = pages.iter().filter(|page| page.is_changeable());
+        let hex: String =
+            own.flat_map(|page| &page.current).map(|byte| format!("{byte:02x}")).collect();
+        notes.set(NOTE, Some(&hex))?;
+        for (page, saved) in self.lock().iter_mut().zip(pages) {
+            page.saved = saved.current;
+        }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Page>> {
@@ -184,10 +246,10 @@ impl Pages {
         self.software_write_protect.load(Ordering::Acquire)
     }
 
-    /// Back to the defaults.
+    /// Back to what was saved, or the defaults.
     pub fn reset(&self) {
         let mut pages = self.lock();
-        pages.iter_mut().for_each(|p| p.current.clone_from(&p.default));
+        pages.iter_mut().for_each(|p| p.current.clone_from(&p.saved));
         self.apply(&pages);
     }
 
@@ -209,10 +271,19 @@ impl Pages {
         let bytes: Vec<u8> = pages
             .iter()
             .filter(wanted)
-            .flat_map(|p| match control {
-                PageControl::Current => p.current.clone(),
-                PageControl::Changeable => p.changeable.clone(),
-                PageControl::Default => p.default.clone(),
+            .map(|p| (p, p.is_changeable() && self.saves))
+            .flat_map(|(p, saves)| {
+                let mut bytes = match control {
+                    PageControl::Current => p.current.clone(),
+                    PageControl::Changeable => p.changeable.clone(),
+                    PageControl::Default => p.default.clone(),
+                    PageControl::Saved => p.saved.clone(),
+                };
+                // PS: it can be saved.
+                if let (true, Some(first)) = (saves, bytes.first_mut()) {
+                    *first |= 0x80;
+                }
+                bytes
             })
             .collect();
         if bytes.is_empty() {
@@ -305,17 +376,20 @@ pub(super) enum PageControl {
     Current,
     /// A mask of the bits that can be changed.
     Changeable,
-    /// As after power on.
+    /// As nobody has changed them.
     Default,
+    /// As after a reset.
+    Saved,
 }
 
 impl PageControl {
-    /// Saved values (11b) are not supported (SPC-5 6.14.1).
-    pub(super) fn parse(bits: u8) -> Result<Self, ScsiError> {
+    /// The PC field; saved values are there only where pages can be saved (SPC-5 6.14.1).
+    pub(super) fn parse(bits: u8, saves: bool) -> Result<Self, ScsiError> {
         match bits >> 6 {
             0 => Ok(PageControl::Current),
             1 => Ok(PageControl::Changeable),
             2 => Ok(PageControl::Default),
+            3 if saves => Ok(PageControl::Saved),
             _ => Err(ScsiError::illegal(asc::SAVING_PARAMETERS_NOT_SUPPORTED)),
         }
     }

@@ -63,6 +63,7 @@ pub mod asc {
     pub const SPACE_ALLOCATION_FAILED: Asc = 0x2707;
     pub const POWER_ON_OR_RESET: Asc = 0x2900;
     pub const I_T_NEXUS_LOSS: Asc = 0x2907;
+    pub const COMMAND_SEQUENCE_ERROR: Asc = 0x2c00;
     pub const MODE_PARAMETERS_CHANGED: Asc = 0x2a01;
     pub const LOG_PARAMETERS_CHANGED: Asc = 0x2a02;
     pub const RESERVATIONS_PREEMPTED: Asc = 0x2a03;
@@ -75,6 +76,7 @@ pub mod asc {
     pub const THIN_PROVISIONING_SOFT_THRESHOLD_REACHED: Asc = 0x3807;
     pub const SAVING_PARAMETERS_NOT_SUPPORTED: Asc = 0x3900;
     pub const DEVICE_IDENTIFIER_CHANGED: Asc = 0x3f05;
+    pub const LOGICAL_UNIT_FAILED_SELF_TEST: Asc = 0x3e03;
     pub const REPORTED_LUNS_DATA_CHANGED: Asc = 0x3f0e;
     pub const INTERNAL_TARGET_FAILURE: Asc = 0x4400;
     pub const INSUFFICIENT_REGISTRATION_RESOURCES: Asc = 0x5504;

@@ -95,3 +95,9 @@ pub fn from24(field: U24) -> u32 {
     let [high, middle, low] = field;
     u32::from_be_bytes([0, high, middle, low])
 }
+
+/// Bytes from hexadecimal digits; what is none is left out.
+pub fn from_hex(text: &str) -> Vec<u8> {
+    let pairs = text.as_bytes().chunks_exact(2);
+    pairs.filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
+}

@@ -13,7 +13,7 @@ use std::sync::{PoisonError, RwLock};
 
 use super::copy::Method;
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Kind, Notes, Operation, Pool, Snapshot,
+    Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Pool, Snapshot,
     Space, Store, StoreError,
 };
 
@@ -115,6 +115,11 @@ impl<S: Store> Store for Budget<S> {
         self.spend(&range, || self.store.write(offset, from, durability))
     }
 
+    fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        let range = offset..offset.saturating_add(from.len() as u64);
+        self.spend(&range, || self.store.write_whole(offset, from))
+    }
+
     fn flush(&self) -> Result<(), StoreError> {
         self.store.flush()
     }
@@ -143,7 +148,7 @@ impl<S: Store> Store for Budget<S> {
         }
     }
 
-    fn ring_file(&self, operation: &Operation) -> Option<RawFd> {
+    fn ring_file(&self, operation: &Operation) -> Option<(RawFd, Hold)> {
         match operation {
             Operation::Read { .. } | Operation::Flush => self.store.ring_file(operation),
             Operation::Write { .. } | Operation::Prefetch { .. } => None,

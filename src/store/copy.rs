@@ -277,7 +277,13 @@ impl<'a> Copy<'a> {
     /// `None` if these two files do not have the method.
     fn take(&self, from: u64, to: u64, len: u64, how: Method) -> Result<Option<u64>, Failure> {
         let Some(file) = self.from.file() else { return Ok(None) };
-        let taken = self.to.take(file, from, to, len, how);
+        let mut taken = Ok(None);
+        let mut take = || taken = self.to.take(file, from, to, len, how);
+        // Within one store it looks after the source itself.
+        match std::ptr::addr_eq(self.from, self.to) {
+            true => take(),
+            false => self.from.steady(from..from.saturating_add(len), &mut take),
+        }
         taken.map_err(|error| (Side::Destination, error))
     }
 

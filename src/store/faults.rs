@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use super::copy::Method;
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Notes, Operation, Pool, Snapshot, Space,
-    Store, StoreError,
+    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Pool, Snapshot,
+    Space, Store, StoreError,
 };
 
 /// What a fault is about.
@@ -198,6 +198,11 @@ impl<S: Store> Store for Faults<S> {
         self.run(Target::Write, bytes(offset, from), part)
     }
 
+    fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        self.strike(Target::Write, &bytes(offset, from))?;
+        self.store.write_whole(offset, from)
+    }
+
     fn flush(&self) -> Result<(), StoreError> {
         // Nobody knows where in the disk it failed.
         self.strike(Target::Flush, &(0..u64::MAX))
@@ -226,7 +231,7 @@ impl<S: Store> Store for Faults<S> {
         None
     }
 
-    fn ring_file(&self, _: &Operation) -> Option<RawFd> {
+    fn ring_file(&self, _: &Operation) -> Option<(RawFd, Hold)> {
         None
     }
 

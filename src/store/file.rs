@@ -14,12 +14,13 @@ use nix::sys::stat::Mode;
 use super::at_once::AtOnce;
 use super::copy::{Holes, Method};
 use super::extents::{self, Knowledge};
+use super::journal::{self, Journal};
 use super::lock::{LockError, lock_image_soon};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Notes, Operation, Pool, Snapshot, Space,
-    Store, StoreError, sys,
+    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Pool, Snapshot,
+    Space, Store, StoreError, sys,
 };
 
 /// Threads that may block in one file at the same time.
@@ -60,6 +61,8 @@ pub struct FileStore {
     deallocate: Ladder,
     reserve: Ladder,
     notes: Notes,
+    /// For writes that are whole or not begun; a block device has none.
+    journal: Option<Journal>,
     /// Where unnamed files can be made that share its blocks.
     directory: Option<File>,
     pool: Pool,
@@ -150,8 +153,25 @@ impl FileStore {
             let image = stable_name(path).map_err(|e| plain(&e))?;
             store.notes = Notes::beside(&image)
                 .map_err(|e| format!("what is remembered of it, in its .thinlun: {}", plain(&e)))?;
+            let journal = store.open_journal(&image, options);
+            store.journal =
+                Some(journal.map_err(|e| format!("its .thinlun-write: {}", plain(&e)))?);
+            store.capabilities.whole_writes =
+                if options.read_only { 0 } else { journal::MAX_BYTES };
         }
         Ok(store)
+    }
+
+    /// The journal of an image; a write that was cut off is made first, unless another process may be at it.
+    fn open_journal(&self, image: &Path, options: &OpenOptionsFor) -> io::Result<Journal> {
+        let journal = Journal::of(image)?;
+        if options.locking {
+            journal.recover(options.read_only, |offset, data| {
+                let written = self.write(offset, data, Durability::Stable);
+                written.map_err(|e| io::Error::other(e.to_string()))
+            })?;
+        }
+        Ok(journal)
     }
 
     /// Opens `path` only to look at it: read-only, and without a lock, so that it may be in use.
@@ -199,6 +219,7 @@ impl FileStore {
                 false => deallocate.is_best(),
             },
             reserves: probed && knowledge.fiemap && !reserve.is_last_resort(),
+            whole_writes: 0,
             snapshots: directory.is_some(),
             transfer_align,
             ways: format!(
@@ -223,6 +244,7 @@ impl FileStore {
             deallocate,
             reserve,
             notes: Notes::in_memory(),
+            journal: None,
             directory,
             pool,
         })
@@ -290,6 +312,7 @@ impl FileStore {
             deallocate: Ladder::new(DEALLOCATE),
             reserve: Ladder::new(RESERVE),
             notes: Notes::in_memory(),
+            journal: None,
             directory: None,
             pool: Pool::new("snapshot", 1),
         }
@@ -383,6 +406,21 @@ impl Store for FileStore {
         }
     }
 
+    fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        if self.direct && from.is_aligned(self.memory_align) {
+            // Where the device can do it, and the range is one that it does. Otherwise nothing was written.
+            if sys::write_torn_free(&self.file, offset, from).is_ok() {
+                return self.flush();
+            }
+        }
+        let Some(journal) = &self.journal else {
+            return Err(StoreError::at(Cause::Medium, offset));
+        };
+        let room = sys::allocate(&self.file, offset, from.len() as u64);
+        room.map_err(|e| StoreError::at(Cause::from(&e), offset))?;
+        journal.write(offset, from, || self.write(offset, from, Durability::Stable))
+    }
+
     fn flush(&self) -> Result<(), StoreError> {
         self.file.sync_data().map_err(|e| Cause::from(&e).into())
     }
@@ -434,7 +472,7 @@ impl Store for FileStore {
         (result == len).then_some(Ok(()))
     }
 
-    fn ring_file(&self, operation: &Operation) -> Option<RawFd> {
+    fn ring_file(&self, operation: &Operation) -> Option<(RawFd, Hold)> {
         let list = match operation {
             Operation::Read { into, medium: false, .. } => into,
             Operation::Write { from, .. } if self.direct => from,
@@ -445,7 +483,7 @@ impl Store for FileStore {
         };
         // What O_DIRECT cannot use in place, and what is more than one call takes, is our own work.
         let fits = list.is_aligned(self.memory_align) && list.iovecs().len() <= sys::MAX_SEGMENTS;
-        fits.then(|| self.file.as_raw_fd())
+        fits.then(|| (self.file.as_raw_fd(), Hold::FREE))
     }
 
     fn file(&self) -> Option<&File> {

@@ -31,6 +31,7 @@ impl MemStore {
             host_block: 4096,
             deallocates: true,
             reserves: true,
+            whole_writes: super::journal::MAX_BYTES,
             snapshots: false,
             transfer_align: 1,
             ways: "memory".into(),
@@ -127,6 +128,10 @@ impl Store for MemStore {
             }
         });
         Ok(())
+    }
+
+    fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        self.write(offset, from, Durability::Stable)
     }
 
     fn flush(&self) -> Result<(), StoreError> {

@@ -5,14 +5,17 @@
 //! completes operations in any order.
 
 mod at_once;
+mod beside;
 pub mod budget;
 pub mod buffers;
 pub mod copy;
 pub mod engine;
+pub mod exclusion;
 pub mod extents;
 pub mod faults;
 mod fiemap;
 pub mod file;
+pub mod journal;
 pub mod lock;
 mod loop_device;
 pub mod mem;
@@ -23,6 +26,7 @@ mod sys;
 
 pub use buffers::Buffers;
 pub use engine::{Completion, Engine, Operation, Token};
+pub use exclusion::{Exclusion, Hold};
 pub use extents::{Extent, Kind};
 pub use notes::Notes;
 pub use pool::Pool;
@@ -56,6 +60,11 @@ pub trait Store: Send + Sync {
     /// the host when this returns.
     fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), StoreError>;
 
+    /// Writes all of `from` at `offset`, or nothing: when the host crashes meanwhile, either all of it is there
+    /// afterwards or what was there before. It survives a crash when this returns. For stores that can
+    /// ([`Capabilities::whole_writes`]), and at most that many bytes.
+    fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError>;
+
     /// Makes every write that completed before the call survive a crash of the host.
     fn flush(&self) -> Result<(), StoreError>;
 
@@ -81,9 +90,18 @@ pub trait Store: Send + Sync {
         None
     }
 
-    /// The descriptor by which the kernel can do an operation on its own, exactly as the store would.
-    fn ring_file(&self, _operation: &Operation) -> Option<RawFd> {
+    /// The descriptor by which the kernel can do an operation on its own, exactly as the store would, and what to
+    /// give back to [`Store::ring_done`] when that is over.
+    fn ring_file(&self, _operation: &Operation) -> Option<(RawFd, Hold)> {
         None
+    }
+
+    /// The kernel has done with an operation, whatever came of it.
+    fn ring_done(&self, _hold: Hold) {}
+
+    /// Does something while nobody changes a range by several steps that belong together.
+    fn steady(&self, _range: Range<u64>, work: &mut dyn FnMut()) {
+        work();
     }
 
     /// The file it is, if it is one: for [`Store::take`] of another store, and not to be written.
@@ -159,6 +177,8 @@ pub struct Capabilities {
     pub deallocates: bool,
     /// [`Store::reserve`] is cheap, and [`Store::extents`] tells what it has reserved.
     pub reserves: bool,
+    /// Most bytes of a [`Store::write_whole`]; 0 if it cannot be done.
+    pub whole_writes: usize,
     /// [`Store::snapshot`] works.
     pub snapshots: bool,
     /// Offsets and lengths of transfers must be multiples of this (1 without O_DIRECT).

@@ -3,19 +3,11 @@
 //! remember.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat, renameat};
-use nix::sys::stat::Mode;
-use nix::unistd::{UnlinkatFlags, unlinkat};
-
+use super::beside::Beside;
 use super::{Cause, StoreError};
 
 /// Longest file that is read: far more than is ever written.
@@ -31,12 +23,8 @@ pub struct Notes {
     values: Mutex<BTreeMap<String, String>>,
 }
 
-/// The directory is held open: what it is called may change.
 #[derive(Debug)]
-struct Place {
-    directory: File,
-    name: OsString,
-}
+struct Place(Beside);
 
 impl Notes {
     /// Notes that last as long as the program.
@@ -49,12 +37,8 @@ impl Notes {
     /// # Errors
     /// If there is a file with the name of one that is ours, but none we can read.
     pub fn beside(image: &Path) -> io::Result<Self> {
-        let directory = image.parent().ok_or(ErrorKind::InvalidInput)?;
-        let options = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).clone();
-        let mut name = image.file_name().ok_or(ErrorKind::InvalidInput)?.to_owned();
-        name.push(".thinlun");
-        let place = Place { directory: options.open(directory)?, name };
-        let values = parse(&place.read()?)?;
+        let place = Place(Beside::of(image, ".thinlun")?);
+        let values = parse(&String::from_utf8_lossy(&place.0.read(MAX_BYTES)?))?;
         Ok(Notes { place: Some(place), values: Mutex::new(values) })
     }
 
@@ -101,41 +85,13 @@ fn parse(text: &str) -> io::Result<BTreeMap<String, String>> {
 }
 
 impl Place {
-    fn open(&self, name: &OsString, flags: OFlag) -> nix::Result<OwnedFd> {
-        let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-        openat(&self.directory, name.as_os_str(), flags, Mode::S_IRUSR | Mode::S_IWUSR)
-    }
-
-    fn read(&self) -> io::Result<String> {
-        let file = match self.open(&self.name, OFlag::O_RDONLY | OFlag::O_NONBLOCK) {
-            Ok(file) => File::from(file),
-            Err(Errno::ENOENT | Errno::ENAMETOOLONG) => return Ok(String::new()),
-            Err(error) => return Err(error.into()),
-        };
-        let mut text = String::new();
-        file.take(MAX_BYTES).read_to_string(&mut text)?;
-        Ok(text)
-    }
-
-    /// A new file takes the old one's place, so that a crash leaves either.
     fn write(&self, values: &BTreeMap<String, String>) -> io::Result<()> {
         if values.is_empty() {
-            match unlinkat(&self.directory, self.name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
-                Ok(()) | Err(Errno::ENOENT) => {}
-                Err(error) => return Err(error.into()),
-            }
-        } else {
-            let mut new = self.name.clone();
-            new.push(".new");
-            let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC;
-            let mut file = File::from(self.open(&new, flags)?);
-            let lines = values.iter().map(|(name, value)| format!("{name}={value}\n"));
-            file.write_all(format!("{HEADING}\n{}", lines.collect::<String>()).as_bytes())?;
-            file.sync_all()?;
-            let (from, to) = (new.as_os_str(), self.name.as_os_str());
-            renameat(&self.directory, from, &self.directory, to)?;
+            return self.0.remove();
         }
-        self.directory.sync_all()
+        let lines = values.iter().map(|(name, value)| format!("{name}={value}\n"));
+        let text = format!("{HEADING}\n{}", lines.collect::<String>());
+        self.0.replace(|file| file.write_all(text.as_bytes()))
     }
 }
 

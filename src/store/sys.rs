@@ -7,6 +7,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
 use super::{Buffers, Space};
 
 /// Longest iovec that the kernel takes in one call (IOV_MAX).
@@ -57,6 +60,28 @@ pub(super) fn write(
         // SAFETY: as above, for all of them.
         _ => unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, flags) },
     })
+}
+
+/// One `pwritev2(2)` that the device makes whole or not at all, whatever happens (RWF_ATOMIC), and that reaches the
+/// medium. Only for one segment, and for what the device and the file system have it for.
+pub(super) fn write_torn_free(file: &File, offset: u64, from: &Buffers) -> io::Result<()> {
+    let flags = libc::RWF_ATOMIC | libc::RWF_DSYNC;
+    let written = with_segments(from, 0, offset, |iov, count, offset| match count {
+        // SAFETY: the iovec describes memory that `from` keeps mapped for reading.
+        1 => unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, flags) },
+        _ => -1,
+    })?;
+    if written == from.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+/// Takes space for a range, so that a write to it has room.
+pub(super) fn allocate(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let too_far = |_| io::Error::from_raw_os_error(libc::EFBIG);
+    let (at, len) = (i64::try_from(offset).map_err(too_far)?, i64::try_from(len).map_err(too_far)?);
+    match fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, at, len) {
+        Ok(()) | Err(Errno::EOPNOTSUPP) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Calls `f(iovec, count, offset + skip)` for what is left of `list` after `skip` bytes.

@@ -55,9 +55,13 @@ struct Standard {
 
 /// 3PC.
 const THIRD_PARTY_COPY: u8 = 0x08;
+/// TPGS 01b: which ports there are, and that all are as good, is said by REPORT TARGET PORT GROUPS.
+const PORT_GROUPS: u8 = 0x10;
+/// MULTIP.
+const SEVERAL_PORTS: u8 = 0x10;
 
 impl Standard {
-    fn new(peripheral: u8) -> Self {
+    fn new(peripheral: u8, ports: usize) -> Self {
         // SAM-5, SPC-4, SBC-3, without naming a revision (SPC-5 annex E). Version 6 is SPC-4:
         // today's initiators and test suites know it, and a 60-byte VPD B0 needs SBC-3.
         let mut version_descriptors = [U16::ZERO; 8];
@@ -71,8 +75,8 @@ impl Standard {
             version: 6,
             format: 0x12,
             additional_length: wire::len8(size_of::<Self>() - 5),
-            flags5: if peripheral == DISK { THIRD_PARTY_COPY } else { 0 },
-            flags6: 0,
+            flags5: if peripheral == DISK { PORT_GROUPS | THIRD_PARTY_COPY } else { 0 },
+            flags6: if ports > 1 { SEVERAL_PORTS } else { 0 },
             flags7: 0x02,
             vendor: ascii_field(VENDOR),
             product: ascii_field(PRODUCT),
@@ -88,9 +92,12 @@ impl Standard {
 pub(super) fn inquiry(context: Context<'_>) -> Result<Reply, ScsiError> {
     let cdb: &Inquiry = context.request.cdb.view()?;
     let bytes = match (cdb.evpd & 1, cdb.page) {
-        (0, 0) => bytes_of(&Standard::new(DISK)),
+        (0, 0) => bytes_of(&Standard::new(DISK, context.target.ports().count())),
         (0, _) => return Err(ScsiError::cdb_field(2, 7)),
-        (_, page) => vpd::page(context.lun, page)?,
+        (_, page) => {
+            let (lun, port) = (context.lun, context.nexus.port());
+            vpd::page(&vpd::Asked { lun, port, target: context.target }, page)?
+        }
     };
     Ok(Reply::Data { bytes, allocation: cdb.allocation.get().into() })
 }
@@ -100,7 +107,7 @@ pub(super) fn without_disk(cdb: &Cdb, well_known: bool) -> Result<(Vec<u8>, usiz
     let cdb: &Inquiry = cdb.view()?;
     let peripheral = if well_known { WELL_KNOWN } else { NOTHING };
     let bytes = match (cdb.evpd & 1, cdb.page) {
-        (0, 0) => bytes_of(&Standard::new(peripheral)),
+        (0, 0) => bytes_of(&Standard::new(peripheral, 1)),
         (1, 0) => vec![peripheral, 0, 0, 1, 0],
         _ => return Err(ScsiError::cdb_field(2, 7)),
     };

@@ -1,10 +1,14 @@
 //! THE TABLE of commands: dispatch, REPORT SUPPORTED OPERATION CODES, the README's list and the
 //! tests all read it. A new command is one file, or a function in one, plus one row.
 
+mod atomic;
+pub mod buffer;
 mod capacity;
+mod diagnostic;
 mod extended_copy;
 mod flush;
 mod format;
+pub mod identity;
 mod inquiry;
 mod lba_status;
 mod log;
@@ -78,6 +82,8 @@ pub enum Needs {
     Thin,
     /// Anchored blocks.
     Anchors,
+    /// Writes that are whole or not begun.
+    AtomicWrites,
 }
 
 impl Needs {
@@ -86,6 +92,7 @@ impl Needs {
             Needs::Nothing => true,
             Needs::Thin => lun.is_thin(),
             Needs::Anchors => lun.can_anchor(),
+            Needs::AtomicWrites => lun.store().capabilities().whole_writes > 0,
         }
     }
 }
@@ -231,8 +238,15 @@ impl Command {
 
     /// CDB usage data as it is true for a disk.
     fn usage_on(&self, lun: &Lun) -> Vec<u8> {
+        let action = |byte: usize| match (self.service_action, byte) {
+            (ServiceAction::Byte1(action), 1) => action,
+            (ServiceAction::Variable(action), 8) => action.to_be_bytes()[0],
+            (ServiceAction::Variable(action), 9) => action.to_be_bytes()[1],
+            _ => 0,
+        };
         let bytes = self.usage.iter().enumerate();
-        bytes.map(|(byte, used)| used & !self.absent(byte, lun)).collect()
+        // The service action stands there itself.
+        bytes.map(|(byte, used)| used & !self.absent(byte, lun) | action(byte)).collect()
     }
 
     /// How it gets along with a format or sanitize operation.
@@ -421,6 +435,11 @@ impl Command {
         self
     }
 
+    const fn if_atomic(mut self) -> Self {
+        self.needs = Needs::AtomicWrites;
+        self
+    }
+
     const fn options(mut self, options: &'static [Bits]) -> Self {
         self.options = options;
         self
@@ -484,6 +503,16 @@ const fn receive_cdb(list_id: [u8; 4]) -> [u8; 16] {
     [0x84, 0, a, b, c, d, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0]
 }
 
+/// Usage of the 32-byte block CDB: group, service action, flags, LBA, expected tags, blocks. CONTROL is byte 1.
+/// Without protection information there is nothing to hold the tags against (SBC-4 4.21.2.2).
+#[rustfmt::skip]
+const fn cdb32(action: u8, flags: u8) -> [u8; 32] {
+    [
+        0x7f, 0, 0, 0, 0, 0, GROUP, 0x18, 0, action, flags, 0, FF, FF, FF, FF,
+        FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF,
+    ]
+}
+
 /// Usage of PERSISTENT RESERVE IN: allocation length.
 const fn reserve_in_cdb() -> [u8; 10] {
     [0x5e, 0, 0, 0, 0, 0, 0, FF, FF, 0]
@@ -503,13 +532,6 @@ fn starts(cdb: &Cdb) -> bool {
 fn allows(cdb: &Cdb) -> bool {
     cdb.byte(4) & 0x03 == 0
 }
-
-/// Usage of WRITE SAME(32): LBA, expected tags, blocks. CONTROL is byte 1.
-#[rustfmt::skip]
-const WRITE_SAME_32: [u8; 32] = [
-    0x7f, 0, 0, 0, 0, 0, GROUP, 0x18, 0, 0x0d, UNMAP_ANCHOR | NDOB, 0, FF, FF, FF, FF,
-    FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF,
-];
 
 /// Usage of GET LBA STATUS(32): report type, LBA, scan length, allocation length. CONTROL is byte 1.
 const GET_LBA_STATUS_32: [u8; 32] = [
@@ -547,6 +569,8 @@ pub static TABLE: &[Command] = &[
     row("RELEASE(6)", &[0x17, 0, 0, 0, 0, 0], NO, NA, QUICK, reserve::basic_release).reserved(ITSELF),
     row("MODE SENSE(6)", &[0x1a, 0x08, FF, FF, FF, 0], In, NA, QUICK, mode::mode_sense).reserved(READS),
     row("START STOP UNIT", &[0x1b, 1, 0, 0x0f, 0xf7, 0], NO, NA, FLUSH, power::start_stop_unit).reserved(Conflict::Unless(starts)),
+    row("RECEIVE DIAGNOSTIC RESULTS", &[0x1c, 1, FF, FF, FF, 0], In, NA, QUICK, diagnostic::receive_results).reserved(READS),
+    row("SEND DIAGNOSTIC", &[0x1d, 0xf7, 0, FF, FF, 0], Out, NA, TRANSFER, diagnostic::send_diagnostic).reserved(MINE),
     row("PREVENT ALLOW MEDIUM REMOVAL", &[0x1e, 0, 0, 0, 3, 0], NO, NA, QUICK, power::prevent_allow).reserved(Conflict::Unless(allows)),
     row("READ CAPACITY(10)", &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], In, Read, QUICK, capacity::read_capacity_10).reserved(Conflict::Never),
     row("READ(10)", const { &cdb10(0x28, DPO_FUA) }, In, Read, TRANSFER, rw::read),
@@ -555,11 +579,15 @@ pub static TABLE: &[Command] = &[
     row("VERIFY(10)", const { &cdb10(0x2f, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
     row("PRE-FETCH(10)", const { &cdb10(0x34, IMMED) }, NO, Read, QUICK, flush::prefetch),
     row("SYNCHRONIZE CACHE(10)", const { &cdb10(0x35, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache).reserved(MINE),
+    row("READ DEFECT DATA(10)", &[0x37, 0, 0x1f, 0, 0, 0, 0, FF, FF, 0], In, Read, QUICK, diagnostic::defect_data_10),
+    row("WRITE BUFFER(10)", &[0x3b, 0x1f, FF, FF, FF, FF, FF, FF, FF, 0], Out, NA, QUICK, buffer::write_buffer).reserved(MINE),
+    row("READ BUFFER(10)", &[0x3c, 0x1f, FF, FF, FF, FF, FF, FF, FF, 0], In, NA, QUICK, buffer::read_buffer).reserved(READS),
     row("WRITE SAME(10)", const { &cdb10(0x41, UNMAP_ANCHOR) }, Out, Write, FLUSH, write_same::write_same).options(const { &write_same_options(1) }),
     row("UNMAP", &[0x42, 1, 0, 0, 0, 0, GROUP, FF, FF, 0], Out, Write, FLUSH, unmap::unmap).if_thin().options(&[Bits { byte: 1, bits: 1, needs: Needs::Anchors }]),
     row("SANITIZE OVERWRITE", const { &sanitize_cdb() }, Out, Write, LONG, sanitize::overwrite).action(0x01).mends(),
     row("SANITIZE BLOCK ERASE", const { &sanitize_cdb() }, NO, Write, LONG, sanitize::block_erase).action(0x02).mends(),
     row("SANITIZE EXIT FAILURE MODE", const { &sanitize_cdb() }, NO, Write, LONG, sanitize::exit_failure_mode).action(0x1f).mends(),
+    row("LOG SELECT", &[0x4c, 0x03, FF, FF, 0, 0, 0, FF, FF, 0], Out, NA, QUICK, log::log_select).reserved(MINE),
     row("LOG SENSE", &[0x4d, 0, FF, FF, 0, FF, FF, FF, FF, 0], In, NA, QUICK, log::log_sense),
     row("MODE SELECT(10)", &[0x55, 0x11, 0, 0, 0, 0, 0, FF, FF, 0], Out, NA, FLUSH, mode::mode_select).reserved(MINE),
     row("RESERVE(10)", &[0x56, 0, 0, 0, 0, 0, 0, 0, 0, 0], NO, NA, QUICK, reserve::basic_reserve).reserved(ITSELF),
@@ -569,15 +597,19 @@ pub static TABLE: &[Command] = &[
     row("PERSISTENT RESERVE IN READ RESERVATION", const { &reserve_in_cdb() }, In, NA, QUICK, reserve::read_reservation).action(0x01).reserved(ITSELF),
     row("PERSISTENT RESERVE IN REPORT CAPABILITIES", const { &reserve_in_cdb() }, In, NA, QUICK, reserve::report_capabilities).action(0x02).reserved(ITSELF),
     row("PERSISTENT RESERVE IN READ FULL STATUS", const { &reserve_in_cdb() }, In, NA, QUICK, reserve::read_full_status).action(0x03).reserved(ITSELF),
-    row("PERSISTENT RESERVE OUT REGISTER", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::register).action(0x00).reserved(ITSELF),
-    row("PERSISTENT RESERVE OUT RESERVE", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::reserve).action(0x01).reserved(ITSELF),
-    row("PERSISTENT RESERVE OUT RELEASE", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::release).action(0x02).reserved(ITSELF),
-    row("PERSISTENT RESERVE OUT CLEAR", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::clear).action(0x03).reserved(ITSELF),
-    row("PERSISTENT RESERVE OUT PREEMPT", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::preempt).action(0x04).reserved(ITSELF),
-    row("PERSISTENT RESERVE OUT PREEMPT AND ABORT", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::preempt_and_abort).action(0x05).reserved(ITSELF),
-    row("PERSISTENT RESERVE OUT REGISTER AND IGNORE EXISTING KEY", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::register_and_ignore).action(0x06).reserved(ITSELF),
-    row("PERSISTENT RESERVE OUT REGISTER AND MOVE", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::register_and_move).action(0x07).reserved(ITSELF),
-    row("WRITE SAME(32)", &WRITE_SAME_32, Out, Write, FLUSH, write_same::write_same).variable(0x0d).options(const { &write_same_options(10) }),
+    row("PERSISTENT RESERVE OUT REGISTER", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::register).action(0x00).reserved(ITSELF).once(),
+    row("PERSISTENT RESERVE OUT RESERVE", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::reserve).action(0x01).reserved(ITSELF).once(),
+    row("PERSISTENT RESERVE OUT RELEASE", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::release).action(0x02).reserved(ITSELF).once(),
+    row("PERSISTENT RESERVE OUT CLEAR", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::clear).action(0x03).reserved(ITSELF).once(),
+    row("PERSISTENT RESERVE OUT PREEMPT", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::preempt).action(0x04).reserved(ITSELF).once(),
+    row("PERSISTENT RESERVE OUT PREEMPT AND ABORT", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::preempt_and_abort).action(0x05).reserved(ITSELF).once(),
+    row("PERSISTENT RESERVE OUT REGISTER AND IGNORE EXISTING KEY", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::register_and_ignore).action(0x06).reserved(ITSELF).once(),
+    row("PERSISTENT RESERVE OUT REGISTER AND MOVE", const { &reserve_out_cdb() }, Out, NA, FLUSH, reserve::register_and_move).action(0x07).reserved(ITSELF).once(),
+    row("READ(32)", const { &cdb32(0x09, DPO_FUA) }, In, Read, TRANSFER, rw::read).variable(0x09),
+    row("VERIFY(32)", const { &cdb32(0x0a, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify).variable(0x0a),
+    row("WRITE(32)", const { &cdb32(0x0b, DPO_FUA) }, Out, Write, TRANSFER, rw::write).variable(0x0b),
+    row("WRITE AND VERIFY(32)", const { &cdb32(0x0c, DPO_BYTCHK_LOW) }, Out, Write, TRANSFER, verify::write_and_verify).variable(0x0c),
+    row("WRITE SAME(32)", const { &cdb32(0x0d, UNMAP_ANCHOR | NDOB) }, Out, Write, FLUSH, write_same::write_same).variable(0x0d).options(const { &write_same_options(10) }),
     row("GET LBA STATUS(32)", &GET_LBA_STATUS_32, In, Read, TRANSFER, lba_status::get_lba_status_32).variable(0x12),
     row("EXTENDED COPY(LID1)", const { &copy_cdb([0, 0, 0, 0], 0) }, Out, Read, LONG, extended_copy::lid1).action(0x00).once().reserved(MINE),
     row("EXTENDED COPY(LID4)", const { &copy_cdb([0, 0, 0, 0], 0) }, Out, Read, LONG, extended_copy::lid4).action(0x01).once().reserved(MINE),
@@ -593,19 +625,29 @@ pub static TABLE: &[Command] = &[
     row("RECEIVE ROD TOKEN INFORMATION", const { &receive_cdb([FF; 4]) }, In, NA, QUICK, receive_copy::token_information).action(0x07).reserved(MINE),
     row("REPORT ALL ROD TOKENS", const { &receive_cdb([0; 4]) }, In, NA, QUICK, receive_copy::all_tokens).action(0x08).reserved(MINE),
     row("READ(16)", const { &cdb16(0x88, DPO_FUA) }, In, Read, TRANSFER, rw::read),
+    row("COMPARE AND WRITE", &[0x89, DPO_FUA, FF, FF, FF, FF, FF, FF, FF, FF, 0, 0, 0, FF, GROUP, 0], Out, Write, TRANSFER, atomic::compare_and_write).once(),
     row("WRITE(16)", const { &cdb16(0x8a, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
+    row("ORWRITE(16)", const { &cdb16(0x8b, DPO_FUA) }, Out, Write, TRANSFER, atomic::or_write),
     row("WRITE AND VERIFY(16)", const { &cdb16(0x8e, DPO_BYTCHK_LOW) }, Out, Write, TRANSFER, verify::write_and_verify),
     row("VERIFY(16)", const { &cdb16(0x8f, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
     row("PRE-FETCH(16)", const { &cdb16(0x90, IMMED) }, NO, Read, QUICK, flush::prefetch),
     row("SYNCHRONIZE CACHE(16)", const { &cdb16(0x91, IMMED) }, NO, Read, FLUSH, flush::synchronize_cache).reserved(MINE),
     row("WRITE SAME(16)", const { &cdb16(0x93, UNMAP_ANCHOR | NDOB) }, Out, Write, FLUSH, write_same::write_same).options(const { &write_same_options(1) }),
+    row("WRITE ATOMIC(16)", const { &cdb16(0x9c, DPO_FUA) }, Out, Write, FLUSH, atomic::write_atomic).if_atomic(),
     row("READ CAPACITY(16)", &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, Read, QUICK, capacity::read_capacity_16).action(0x10).reserved(Conflict::Never),
     row("GET LBA STATUS(16)", &[0x9e, 0x12, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, 0], In, Read, TRANSFER, lba_status::get_lba_status_16).action(0x12),
     row("REPORT LUNS", &[0xa0, 0, FF, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::report_luns).exempt(),
+    row("REPORT IDENTIFYING INFORMATION", &[0xa3, 0x05, 0, 0, 0, 0, FF, FF, FF, FF, 0xfe, 0], In, NA, QUICK, identity::report_information).action(0x05),
+    row("REPORT TARGET PORT GROUPS", &[0xa3, 0xea, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, identity::target_port_groups).action(0x0a),
     row("REPORT SUPPORTED OPERATION CODES", &[0xa3, 0x0c, 0x87, FF, FF, FF, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::supported_operation_codes).action(0x0c).reserved(READS),
     row("REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS", &[0xa3, 0x0d, 0x80, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, report::supported_task_management).action(0x0d).reserved(READS),
+    row("REPORT TIMESTAMP", &[0xa3, 0x0f, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, identity::report_timestamp).action(0x0f),
+    row("SET IDENTIFYING INFORMATION", &[0xa4, 0x06, 0, 0, 0, 0, FF, FF, FF, FF, 0xfe, 0], Out, NA, FLUSH, identity::set_information).action(0x06).reserved(MINE),
+    row("SET TIMESTAMP", &[0xa4, 0x0f, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0], Out, NA, QUICK, identity::set_timestamp).action(0x0f).reserved(MINE),
     row("READ(12)", const { &cdb12(0xa8, DPO_FUA) }, In, Read, TRANSFER, rw::read),
     row("WRITE(12)", const { &cdb12(0xaa, DPO_FUA) }, Out, Write, TRANSFER, rw::write),
+    row("READ MEDIA SERIAL NUMBER", &[0xab, 0x01, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0], In, NA, QUICK, identity::media_serial_number).action(0x01),
     row("WRITE AND VERIFY(12)", const { &cdb12(0xae, DPO_BYTCHK_LOW) }, Out, Write, TRANSFER, verify::write_and_verify),
     row("VERIFY(12)", const { &cdb12(0xaf, DPO_BYTCHK) }, Out, Read, TRANSFER, verify::verify),
+    row("READ DEFECT DATA(12)", &[0xb7, 0x1f, FF, FF, FF, FF, FF, FF, FF, FF, 0, 0], In, Read, QUICK, diagnostic::defect_data_12),
 ];

@@ -74,7 +74,7 @@ pub(super) fn mode_sense(context: Context<'_>) -> Result<Reply, ScsiError> {
     let (lun, cdb) = (context.lun, &context.request.cdb);
     let ten = is_ten_byte(cdb);
     let (dbd, long) = (cdb.byte(1) & 0x08 != 0, cdb.byte(1) & 0x10 != 0);
-    let control = PageControl::parse(cdb.byte(2))?;
+    let control = PageControl::parse(cdb.byte(2), lun.pages().saves())?;
     let mut pages = lun.pages().sense(cdb.byte(2) & 0x3f, cdb.byte(3), control)?;
     let mut descriptor = match (dbd, long) {
         (true, _) => Vec::new(),
@@ -122,17 +122,18 @@ fn long_descriptor(lun: &Lun) -> Vec<u8> {
     })
 }
 
-/// MODE SELECT. SP must be zero: nothing can be saved yet. PF must be one: the list holds pages.
+/// MODE SELECT. SP only where there is a place to save pages in. PF must be one: the list holds pages.
 pub(super) fn mode_select(context: Context<'_>) -> Result<Reply, ScsiError> {
     let cdb = &context.request.cdb;
-    if cdb.byte(1) & 0x01 != 0 {
+    let save = cdb.byte(1) & 0x01 != 0;
+    if save && !context.lun.pages().saves() {
         return Err(ScsiError::cdb_field(1, 0));
     }
     let len = cdb_length(cdb);
-    if len == 0 {
+    if len == 0 && !save {
         return Ok(Reply::Good);
     }
-    if cdb.byte(1) & 0x10 == 0 {
+    if len > 0 && cdb.byte(1) & 0x10 == 0 {
         return Err(ScsiError::cdb_field(1, 4));
     }
     if context.request.data_out.len() < len {
@@ -142,6 +143,9 @@ pub(super) fn mode_select(context: Context<'_>) -> Result<Reply, ScsiError> {
     if list.len() < len {
         return Err(ScsiError::PARAMETER_LIST_LENGTH);
     }
+    if list.is_empty() {
+        return Ok(apply(context.lun, false, save, 0));
+    }
     let pages_at = check_header(context.lun, &list, is_ten_byte(cdb))?;
     let lun = context.lun;
     let cached = lun.pages().write_cache();
@@ -149,15 +153,27 @@ pub(super) fn mode_select(context: Context<'_>) -> Result<Reply, ScsiError> {
         lun.space_watch().into_iter().for_each(SpaceWatch::rearm);
         context.target.announce(lun, UnitAttention::ModeParametersChanged, Some(context.nexus));
     }
-    if cached && !lun.pages().write_cache() && !lun.store().capabilities().read_only {
-        // The cache is off: what is still in it must not be lost (SBC-4 6.5.6).
-        let on = Arc::clone(lun);
-        return Ok(Reply::Job(Box::new(move |_| match on.store().flush() {
-            Ok(()) => Ok(len),
-            Err(e) => Err(ScsiError::from_store(e, true, on.block_size())),
-        })));
+    let flush = cached && !lun.pages().write_cache() && !lun.store().capabilities().read_only;
+    Ok(apply(lun, flush, save, len))
+}
+
+/// What is still to be done when the pages have changed: if the cache is off now, what is in it must not be lost (SBC-4
+/// 6.5.6); and they are saved if that was asked for.
+fn apply(lun: &Arc<Lun>, flush: bool, save: bool, len: usize) -> Reply {
+    if !flush && !save {
+        return Reply::Consumed(len);
     }
-    Ok(Reply::Consumed(len))
+    let on = Arc::clone(lun);
+    Reply::Job(Box::new(move |_| {
+        let failed = |e| ScsiError::from_store(e, true, on.block_size());
+        if flush {
+            on.store().flush().map_err(failed)?;
+        }
+        if save {
+            on.pages().save(on.store().notes()).map_err(failed)?;
+        }
+        Ok(len)
+    }))
 }
 
 /// Checks header and block descriptor; returns where the pages begin.

@@ -27,7 +27,7 @@ pub(super) fn start_stop_unit(context: Context<'_>) -> Result<Reply, ScsiError> 
     }
     let lun = Arc::clone(context.lun);
     if start || no_flush {
-        lun.set_started(start);
+        lun.stop_or_start(start);
         return Ok(Reply::Good);
     }
     Ok(Reply::Job(Box::new(move |cancel| {
@@ -38,7 +38,7 @@ pub(super) fn start_stop_unit(context: Context<'_>) -> Result<Reply, ScsiError> 
             let flushed = lun.store().flush();
             flushed.map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?;
         }
-        lun.set_started(false);
+        lun.stop_or_start(false);
         Ok(0)
     })))
 }

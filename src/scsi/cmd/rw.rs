@@ -1,4 +1,4 @@
-//! READ and WRITE (6, 10, 12, 16), and the CDB shapes that all block commands share (SBC-4 5.15 ff).
+//! READ and WRITE (6, 10, 12, 16, 32), and the CDB shapes that all block commands share (SBC-4 5.15 ff).
 
 use std::sync::Arc;
 

@@ -1,11 +1,12 @@
-//! VERIFY with BYTCHK 0, 1 and 3, WRITE AND VERIFY with 0 and 1 (10, 12, 16) (SBC-4 5.36, 5.47).
+//! VERIFY with BYTCHK 0, 1 and 3, WRITE AND VERIFY with 0 and 1 (10, 12, 16, 32) (SBC-4 5.36, 5.47).
 
 use std::sync::Arc;
 
-use super::rw::range_of;
+use super::rw::{BlockCdb, range_of};
 use super::{Context, Reply};
 use crate::scsi::lun::{BlockRange, Lun};
-use crate::scsi::sense::ScsiError;
+use crate::scsi::sense::{Key, ScsiError};
+use crate::scsi::statistics::Activity;
 use crate::store::engine::Cancel;
 use crate::store::{Buffers, Durability};
 
@@ -23,12 +24,12 @@ enum Against {
 }
 
 impl Against {
-    fn parse(bytchk: u8) -> Result<Self, ScsiError> {
-        match bytchk {
+    fn parse(cdb: BlockCdb) -> Result<Self, ScsiError> {
+        match cdb.bytchk() {
             0 => Ok(Against::Nothing),
             1 => Ok(Against::All),
             3 => Ok(Against::OneBlock),
-            _ => Err(ScsiError::cdb_field(1, 2)),
+            _ => Err(ScsiError::cdb_field(cdb.flags_byte, 2)),
         }
     }
 
@@ -54,7 +55,7 @@ impl Against {
 /// VERIFY.
 pub(super) fn verify(context: Context<'_>) -> Result<Reply, ScsiError> {
     let (cdb, range) = range_of(&context)?;
-    let against = Against::parse(cdb.bytchk())?;
+    let against = Against::parse(cdb)?;
     let needed = against.data_out(&range, context.lun.block_size());
     let expected = data_out(&context, needed)?;
     if range.bytes == 0 {
@@ -62,16 +63,27 @@ pub(super) fn verify(context: Context<'_>) -> Result<Reply, ScsiError> {
     }
     let lun = Arc::clone(context.lun);
     Ok(Reply::Job(Box::new(move |cancel| {
-        compare(&lun, &range, &against, &expected, cancel)?;
-        Ok(needed)
+        let compared = compare(&lun, &range, &against, &expected, cancel);
+        count(&lun, &range, &compared);
+        compared.map(|()| needed)
     })))
+}
+
+fn count(lun: &Lun, range: &BlockRange, compared: &Result<(), ScsiError>) {
+    match compared {
+        Ok(()) => lun.statistics().count(Activity::Verify, range.bytes),
+        Err(ScsiError::Check(sense)) if sense.key == Key::MediumError => {
+            lun.statistics().count_error(Activity::Verify);
+        }
+        Err(_) => {}
+    }
 }
 
 /// WRITE AND VERIFY: the data reaches the medium and is read back from there. BYTCHK 11b is reserved
 /// here (SBC-4 5.47); the table keeps it away.
 pub(super) fn write_and_verify(context: Context<'_>) -> Result<Reply, ScsiError> {
     let (cdb, range) = range_of(&context)?;
-    let against = Against::parse(cdb.bytchk())?;
+    let against = Against::parse(cdb)?;
     let data = data_out(&context, range.bytes)?;
     if range.bytes == 0 {
         return Ok(Reply::Good);
@@ -81,8 +93,10 @@ pub(super) fn write_and_verify(context: Context<'_>) -> Result<Reply, ScsiError>
         stop_if(cancel)?;
         let written = lun.store().write(range.offset, &data, Durability::Stable);
         written.map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?;
-        compare(&lun, &range, &against, &data, cancel)?;
-        Ok(range.bytes)
+        lun.statistics().count(Activity::Write, range.bytes);
+        let compared = compare(&lun, &range, &against, &data, cancel);
+        count(&lun, &range, &compared);
+        compared.map(|()| range.bytes)
     })))
 }
 
@@ -138,7 +152,8 @@ fn expected_at(
     want
 }
 
-fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
+/// The first byte in which two pieces of the same length differ.
+pub(super) fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
     if a == b { None } else { a.iter().zip(b).position(|(x, y)| x != y) }
 }
 

@@ -3,55 +3,68 @@
 
 use zerocopy::{Immutable, IntoBytes, Unaligned};
 
-use super::{third_party, unmap, write_same};
+use super::identity::PORT_GROUP;
+use super::{atomic, third_party, unmap, write_same};
+use crate::scsi::attention::Port;
 use crate::scsi::lun::Lun;
 use crate::scsi::provisioning;
 use crate::scsi::sense::ScsiError;
+use crate::scsi::target::Target;
 use crate::scsi::wire::{U16, U32, U64, ascii_field, bytes_of, len8, len16};
 
 /// T10 VENDOR IDENTIFICATION, here and in the standard inquiry data.
 pub(super) const VENDOR: &str = "THINLUN";
 
 /// A page: its code and what makes its contents after the header.
-type Page = (u8, fn(&Lun) -> Vec<u8>);
+type Page = (u8, fn(&Asked<'_>) -> Vec<u8>);
+
+/// What a page may be about.
+pub(super) struct Asked<'a> {
+    /// The disk.
+    pub lun: &'a Lun,
+    /// The port that it was asked by.
+    pub port: Port,
+    /// Its ports.
+    pub target: &'a Target,
+}
 
 /// Every page, in the order of codes; page 00 lists them.
 const PAGES: &[Page] = &[
     (0x00, supported_pages),
     (0x80, unit_serial_number),
     (0x83, device_identification),
+    (0x85, management_addresses),
     (0x86, extended_inquiry),
     (0x87, mode_page_policy),
     (0x88, scsi_ports),
-    (0x8f, third_party::page),
-    (0xb0, block_limits),
-    (0xb1, block_device_characteristics),
-    (0xb2, logical_block_provisioning),
+    (0x8f, |asked| third_party::page(asked.lun)),
+    (0xb0, |asked| block_limits(asked.lun)),
+    (0xb1, |asked| block_device_characteristics(asked.lun)),
+    (0xb2, |asked| logical_block_provisioning(asked.lun)),
+    (0xb7, block_limits_extension),
+    (0xb9, concurrent_positioning_ranges),
 ];
 
 /// The whole page with its header.
 ///
 /// # Errors
 /// 05/24/00 pointing at PAGE CODE for a page that is not there.
-pub(super) fn page(lun: &Lun, code: u8) -> Result<Vec<u8>, ScsiError> {
+pub(super) fn page(asked: &Asked<'_>, code: u8) -> Result<Vec<u8>, ScsiError> {
     let (_, contents) = PAGES.iter().find(|(c, _)| *c == code).ok_or(ScsiError::cdb_field(2, 7))?;
-    let contents = contents(lun);
+    let contents = contents(asked);
     let [high, low] = len16(contents.len()).to_bytes();
     let mut page = vec![0x00, code, high, low];
     page.extend(contents);
     Ok(page)
 }
 
-fn supported_pages(_: &Lun) -> Vec<u8> {
+fn supported_pages(_: &Asked<'_>) -> Vec<u8> {
     PAGES.iter().map(|(code, _)| *code).collect()
 }
 
-fn unit_serial_number(lun: &Lun) -> Vec<u8> {
-    lun.settings().serial.clone().into_bytes()
+fn unit_serial_number(asked: &Asked<'_>) -> Vec<u8> {
+    asked.lun.settings().serial.clone().into_bytes()
 }
-
-/// The relative target port identifier; there is one port.
-const RELATIVE_PORT: u16 = 1;
 
 /// Code set, then association and designator type of a designation descriptor (SPC-5 7.7.6).
 type Head = [u8; 2];
@@ -59,6 +72,7 @@ const NAA: Head = [1, 3];
 const T10_VENDOR_ID: Head = [2, 1];
 const SCSI_NAME_STRING: Head = [3, 8];
 const RELATIVE_TARGET_PORT: Head = [1, 1 << 4 | 4];
+const TARGET_PORT_GROUP: Head = [1, 1 << 4 | 5];
 
 /// The names of a disk: its NAA, its T10 name, its SCSI name string. They stay the same wherever and
 /// however often the image is served.
@@ -73,19 +87,27 @@ pub(super) fn designators(lun: &Lun) -> [(Head, Vec<u8>); 3] {
     [(NAA, settings.naa.clone()), (T10_VENDOR_ID, t10), (SCSI_NAME_STRING, name)]
 }
 
-/// The disk's names, and the port.
-fn device_identification(lun: &Lun) -> Vec<u8> {
-    let port = [[0, 0], RELATIVE_PORT.to_be_bytes()].concat();
-    designators(lun)
+/// The disk's names, the port it was asked by, and the group of that.
+fn device_identification(asked: &Asked<'_>) -> Vec<u8> {
+    let number = |number: u16| u32::from(number).to_be_bytes().to_vec();
+    designators(asked.lun)
         .into_iter()
-        .chain([(RELATIVE_TARGET_PORT, port)])
+        .chain([
+            (RELATIVE_TARGET_PORT, number(asked.port.0)),
+            (TARGET_PORT_GROUP, number(PORT_GROUP)),
+        ])
         .flat_map(|([code_set, kind], bytes)| {
             [vec![code_set, kind, 0, len8(bytes.len())], bytes].concat()
         })
         .collect()
 }
 
-fn extended_inquiry(_: &Lun) -> Vec<u8> {
+/// There is no network to manage it by.
+fn management_addresses(_: &Asked<'_>) -> Vec<u8> {
+    Vec::new()
+}
+
+fn extended_inquiry(_: &Asked<'_>) -> Vec<u8> {
     let mut page = vec![0; 60];
     // Byte 5: HEADSUP, ORDSUP, SIMPSUP. Byte 6: V_SUP, there is a volatile cache.
     for (byte, value) in [(1, 0x07), (2, 0x01)] {
@@ -97,14 +119,17 @@ fn extended_inquiry(_: &Lun) -> Vec<u8> {
 }
 
 /// One policy for all pages and subpages: shared by all initiators.
-fn mode_page_policy(_: &Lun) -> Vec<u8> {
+fn mode_page_policy(_: &Asked<'_>) -> Vec<u8> {
     vec![0x3f, 0xff, 0x00, 0]
 }
 
-/// The one target port; virtio-scsi defines no names for ports.
-fn scsi_ports(_: &Lun) -> Vec<u8> {
-    let [high, low] = RELATIVE_PORT.to_be_bytes();
-    vec![0, 0, high, low, 0, 0, 0, 0, 0, 0, 0, 0]
+/// The target ports; virtio-scsi defines no names for ports.
+fn scsi_ports(asked: &Asked<'_>) -> Vec<u8> {
+    let descriptor = |port: Port| {
+        let [high, low] = port.0.to_be_bytes();
+        [0, 0, high, low, 0, 0, 0, 0, 0, 0, 0, 0]
+    };
+    asked.target.ports().flat_map(descriptor).collect()
 }
 
 #[derive(IntoBytes, Immutable, Unaligned)]
@@ -135,7 +160,7 @@ fn block_limits(lun: &Lun) -> Vec<u8> {
     let granularity = lun.settings().discard_granularity / lun.block_size();
     bytes_of(&BlockLimits {
         wsnz: 0,
-        max_compare_and_write: 0,
+        max_compare_and_write: atomic::MAX_COMPARE_AND_WRITE,
         optimal_granularity: U16::new(1 << lun.physical_exponent().min(15)),
         max_transfer: U32::new(max_transfer),
         optimal_transfer: U32::ZERO,
@@ -146,7 +171,7 @@ fn block_limits(lun: &Lun) -> Vec<u8> {
         // UGAVALID: the granularity counts from LBA 0.
         unmap_alignment: U32::new(if thin { 1 << 31 } else { 0 }),
         max_write_same: U64::new(write_same::MAX_BYTES / u64::from(lun.block_size())),
-        max_atomic: U32::ZERO,
+        max_atomic: U32::new(atomic::max_atomic_blocks(lun)),
         atomic_alignment: U32::ZERO,
         atomic_granularity: U32::ZERO,
         max_atomic_with_boundary: U32::ZERO,
@@ -186,4 +211,34 @@ fn logical_block_provisioning(lun: &Lun) -> Vec<u8> {
         true => vec![exponent, THIN | anchors, 2, 0],
         false => vec![0, 0, 0, 0],
     }
+}
+
+/// There are no streams, and no scattered writes: nothing has a limit.
+fn block_limits_extension(_: &Asked<'_>) -> Vec<u8> {
+    vec![0; 60]
+}
+
+#[derive(IntoBytes, Immutable, Unaligned)]
+#[repr(C)]
+struct PositioningRange {
+    number: u8,
+    storage_elements: u8,
+    reserved: [u8; 6],
+    lba: U64,
+    blocks: U64,
+    reserved2: [u8; 8],
+}
+
+/// One range: all of the disk.
+fn concurrent_positioning_ranges(asked: &Asked<'_>) -> Vec<u8> {
+    let mut page = vec![0; 60];
+    page.extend(bytes_of(&PositioningRange {
+        number: 0,
+        storage_elements: 1,
+        reserved: [0; 6],
+        lba: U64::ZERO,
+        blocks: U64::new(asked.lun.blocks()),
+        reserved2: [0; 8],
+    }));
+    page
 }

@@ -7,7 +7,7 @@ pub mod segment;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use super::attention::Nexus;
+use super::attention::{Nexus, Port};
 use super::lun::Lun;
 use super::sense::{Key, ScsiError, Sense, asc};
 use crate::store::engine::Cancel;
@@ -64,6 +64,8 @@ pub struct Report {
 /// One copy.
 pub struct Operation {
     owner: Weak<Nexus>,
+    /// The port that it came by.
+    pub port: Port,
     /// The disk whose copy manager was asked.
     lun: usize,
     list_id: Option<u32>,
@@ -200,6 +202,7 @@ impl CopyManager {
         };
         let operation = Arc::new(Operation {
             owner: Arc::downgrade(nexus),
+            port: nexus.port(),
             lun: lun.index(),
             list_id: start.list_id,
             service_action: start.service_action,

@@ -3,8 +3,11 @@
 use std::sync::Arc;
 
 use super::Operation;
+use crate::scsi::attention::Port;
 use crate::scsi::lun::{ByteRange, Lun};
+use crate::scsi::reservations::Conflict;
 use crate::scsi::sense::{Key, ScsiError, Sense, asc};
+use crate::scsi::wire::Cdb;
 use crate::store::copy::{Copy, CopyError, Holes, Moved, Side};
 use crate::store::engine::Cancel;
 use crate::store::{Cause, Store};
@@ -139,8 +142,8 @@ impl Segment {
         let whole = span.source.end - span.source.start;
         fits(source, &span.source)?;
         fits(destination, &(span.at..span.at.saturating_add(whole).saturating_add(span.pad)))?;
-        usable(source)?;
-        usable(destination)?;
+        usable(source, operation.port, Conflict::ExclusiveAccess)?;
+        usable(destination, operation.port, Conflict::Always)?;
         destination.check_writable()?;
         let before = operation.report().bytes;
         let result = transfer(
@@ -260,9 +263,10 @@ fn fits(lun: &Lun, range: &ByteRange) -> Result<(), Failure> {
     if range.end <= end && range.start <= range.end { Ok(()) } else { Err(past_the_end()) }
 }
 
-/// A disk that is stopped, or under a format operation, takes no part in copies.
-fn usable(lun: &Lun) -> Result<(), Failure> {
+/// A disk that is stopped, under a format operation, or reserved for others takes no part in copies.
+fn usable(lun: &Lun, port: Port, conflict: Conflict) -> Result<(), Failure> {
     let tolerance = crate::scsi::background::Tolerance::Never;
     let ready = lun.background().check(tolerance).and_then(|()| lun.check_ready());
+    let ready = ready.and_then(|()| lun.reservations().check(port, conflict, &Cdb::new(&[])));
     ready.map_err(|_| copy_aborted(asc::COPY_TARGET_DEVICE_NOT_REACHABLE).into())
 }

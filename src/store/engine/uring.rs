@@ -17,7 +17,7 @@ use nix::sys::eventfd::EventFd;
 
 use super::threads::ThreadEngine;
 use super::{Completion, Engine, EngineKind, Finished, Job, Operation, Token};
-use crate::store::{Cause, Durability, Store, StoreError};
+use crate::store::{Cause, Durability, Hold, Store, StoreError};
 
 /// Transfers in a ring at the same time; more go to the pool.
 const DEPTH: u32 = 128;
@@ -66,6 +66,7 @@ enum Ring {
 struct Flight {
     number: usize,
     operation: Operation,
+    hold: Hold,
 }
 
 impl<J: Send + 'static> UringEngine<J> {
@@ -124,11 +125,15 @@ impl<J: Send + 'static> UringEngine<J> {
         operation: Operation,
     ) -> Result<usize, Operation> {
         let full = self.flying >= DEPTH as usize;
-        let Some(file) = store.ring_file(&operation).filter(|_| !full) else {
+        if full || self.ring().is_none() {
+            return Err(operation);
+        }
+        let Some((file, hold)) = store.ring_file(&operation) else {
             return Err(operation);
         };
         self.keep(number, store);
         let (Some(entry), Some(ring)) = (entry(file, &operation), self.ring()) else {
+            store.ring_done(hold);
             return Err(operation);
         };
         // SAFETY: the iovec and the memory it describes belong to the operation, which stays in
@@ -136,6 +141,7 @@ impl<J: Send + 'static> UringEngine<J> {
         // file belongs to the store, which stays in `stores`.
         let pushed = unsafe { ring.submission().push(&entry.user_data(token.into())) };
         if pushed.is_err() {
+            store.ring_done(hold);
             return Err(operation);
         }
         let queued = ring.submission().len();
@@ -144,7 +150,7 @@ impl<J: Send + 'static> UringEngine<J> {
             self.flights.resize_with(slot + 1, || None);
         }
         if let Some(place) = self.flights.get_mut(slot) {
-            *place = Some(Flight { number, operation });
+            *place = Some(Flight { number, operation, hold });
         }
         self.flying += 1;
         Ok(queued)
@@ -199,9 +205,12 @@ impl<J: Send + 'static> UringEngine<J> {
             let Some(flight) = self.flights.get_mut(slot).and_then(Option::take) else { continue };
             self.flying -= 1;
             let token = Token(u32::try_from(slot).unwrap_or(u32::MAX));
-            match (outcome(&flight.operation, entry.result()), self.stores.get(flight.number)) {
-                (None, Some(Some(store))) => {
-                    self.threads.hand_over(token, store, flight.operation);
+            let Flight { number, operation, hold } = flight;
+            let store = self.stores.get(number).and_then(Option::as_ref);
+            store.inspect(|store| store.ring_done(hold));
+            match (outcome(&operation, entry.result()), store) {
+                (None, Some(store)) => {
+                    self.threads.hand_over(token, store, operation);
                 }
                 (result, _) => {
                     let result = result.unwrap_or(Err(Cause::Medium.into()));

@@ -1,0 +1,184 @@
+//! Commands whose steps nobody else gets between: COMPARE AND WRITE, ORWRITE, WRITE ATOMIC (SBC-4 5.3, 5.14, 5.48).
+
+use std::sync::Arc;
+
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+
+use super::rw::range_of;
+use super::verify::first_difference;
+use super::{Context, Reply};
+use crate::scsi::lun::{BlockRange, Lun};
+use crate::scsi::sense::{ScsiError, asc};
+use crate::scsi::wire::{U16, U64};
+use crate::store::engine::Cancel;
+use crate::store::{Buffers, Durability, Store, StoreError};
+
+/// MAXIMUM COMPARE AND WRITE LENGTH: what its field of the CDB can say.
+pub(super) const MAX_COMPARE_AND_WRITE: u8 = 255;
+
+/// Memory that one ORWRITE uses, in bytes.
+const CHUNK: usize = 256 << 10;
+
+/// Why a step failed: the store, or what it found.
+struct Failure(ScsiError);
+
+/// A store's error, where it is not known any more whether it read or wrote.
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Failure(ScsiError::from_store(error, true, 1))
+    }
+}
+
+impl From<ScsiError> for Failure {
+    fn from(error: ScsiError) -> Self {
+        Failure(error)
+    }
+}
+
+/// A range that is worked on alone.
+struct Alone<'a> {
+    lun: &'a Lun,
+    store: &'a dyn Store,
+    cancel: &'a Cancel,
+}
+
+impl Alone<'_> {
+    fn go_on(&self) -> Result<(), ScsiError> {
+        if self.cancel.is_requested() { Err(ScsiError::Aborted) } else { Ok(()) }
+    }
+
+    fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, ScsiError> {
+        let own = Buffers::zeroed(len).ok_or(ScsiError::Busy)?;
+        let read = self.store.read(offset, &own);
+        read.map_err(|e| ScsiError::from_store(e, false, self.lun.block_size()))?;
+        Ok(own.to_vec(len))
+    }
+
+    fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), ScsiError> {
+        let written = self.store.write(offset, from, durability);
+        written.map_err(|e| ScsiError::from_store(e, true, self.lun.block_size()))
+    }
+}
+
+/// A job that works on a range alone, and uses that many bytes of the data buffers.
+fn job(
+    context: &Context<'_>,
+    range: BlockRange,
+    used: usize,
+    work: impl FnOnce(&Alone<'_>) -> Result<(), ScsiError> + Send + 'static,
+) -> Reply {
+    let lun = Arc::clone(context.lun);
+    Reply::Job(Box::new(move |cancel| {
+        let bytes = range.offset..range.offset + range.bytes as u64;
+        let done = lun.exclusion().alone(bytes, cancel, |store| {
+            work(&Alone { lun: &lun, store, cancel }).map_err(Failure::from)
+        });
+        match done {
+            Ok(()) => Ok(used),
+            Err(Failure(error)) => Err(error),
+        }
+    }))
+}
+
+fn data_out(context: &mut Context<'_>, needed: usize) -> Result<Buffers, ScsiError> {
+    let data = &context.request.data_out;
+    if data.len() < needed { Err(ScsiError::Overrun) } else { Ok(data.slice(0, needed)) }
+}
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct CompareAndWrite {
+    opcode: u8,
+    flags: u8,
+    lba: U64,
+    reserved: [u8; 3],
+    blocks: u8,
+    group: u8,
+    control: u8,
+}
+
+const FUA: u8 = 0x08;
+
+/// COMPARE AND WRITE: the first half of data-out is what must be there for the second half to be written.
+pub(super) fn compare_and_write(mut context: Context<'_>) -> Result<Reply, ScsiError> {
+    let cdb: &CompareAndWrite = context.request.cdb.view()?;
+    let (fua, blocks) = (cdb.flags & FUA != 0, cdb.blocks);
+    let range = context.lun.range(cdb.lba.get(), blocks.into())?;
+    let data = data_out(&mut context, 2 * range.bytes)?;
+    if range.bytes == 0 {
+        return Ok(Reply::Good);
+    }
+    let durability = context.lun.durability(fua);
+    Ok(job(&context, range, 2 * range.bytes, move |alone| {
+        let (expected, new) = data.split(range.bytes);
+        let found = alone.read(range.offset, range.bytes)?;
+        if let Some(at) = first_difference(&found, &expected.to_vec(range.bytes)) {
+            return Err(ScsiError::miscompare(at as u64));
+        }
+        alone.go_on()?;
+        alone.write(range.offset, &new, durability)
+    }))
+}
+
+/// ORWRITE(16): bits are set, none is cleared.
+pub(super) fn or_write(mut context: Context<'_>) -> Result<Reply, ScsiError> {
+    let (cdb, range) = range_of(&context)?;
+    let data = data_out(&mut context, range.bytes)?;
+    if range.bytes == 0 {
+        return Ok(Reply::Good);
+    }
+    let durability = context.lun.durability(cdb.fua());
+    Ok(job(&context, range, range.bytes, move |alone| {
+        for at in (0..range.bytes).step_by(CHUNK) {
+            alone.go_on()?;
+            let len = CHUNK.min(range.bytes - at);
+            let mut bytes = alone.read(range.offset + at as u64, len)?;
+            let new = data.slice(at, len).to_vec(len);
+            bytes.iter_mut().zip(new).for_each(|(byte, new)| *byte |= new);
+            let bytes = Buffers::copy_of(&bytes).ok_or(ScsiError::Busy)?;
+            alone.write(range.offset + at as u64, &bytes, Durability::Cached)?;
+        }
+        alone.lun.settle(durability)
+    }))
+}
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WriteAtomic {
+    opcode: u8,
+    flags: u8,
+    lba: U64,
+    boundary: U16,
+    blocks: U16,
+    group: u8,
+    control: u8,
+}
+
+/// MAXIMUM ATOMIC TRANSFER LENGTH in blocks; 0 where there are no atomic writes.
+pub(super) fn max_atomic_blocks(lun: &Lun) -> u32 {
+    let blocks = lun.store().capabilities().whole_writes / lun.block_size() as usize;
+    u32::try_from(blocks).unwrap_or(0)
+}
+
+/// WRITE ATOMIC(16): all of it or nothing, for whoever looks meanwhile and after a crash of the host. It reaches the
+/// medium whatever FUA says. There is one atomic operation to a command: the boundary must be zero.
+pub(super) fn write_atomic(mut context: Context<'_>) -> Result<Reply, ScsiError> {
+    let cdb: &WriteAtomic = context.request.cdb.view()?;
+    let (lba, blocks) = (cdb.lba.get(), cdb.blocks.get());
+    if cdb.boundary.get() != 0 {
+        return Err(ScsiError::cdb_field(10, 7));
+    }
+    let range = context.lun.range(lba, blocks.into())?;
+    if u32::from(blocks) > max_atomic_blocks(context.lun) {
+        return Err(ScsiError::illegal(asc::INVALID_FIELD_IN_CDB));
+    }
+    let data = data_out(&mut context, range.bytes)?;
+    if range.bytes == 0 {
+        return Ok(Reply::Good);
+    }
+    Ok(job(&context, range, range.bytes, move |alone| {
+        alone.go_on()?;
+        let written = alone.store.write_whole(range.offset, &data);
+        written.map_err(|e| ScsiError::from_store(e, true, alone.lun.block_size()))
+    }))
+}
