@@ -412,6 +412,25 @@ impl Reservations {
         if lock(&self.state).forbids(port, conflict, cdb) { Err(CONFLICT) } else { Ok(()) }
     }
 
+    /// Makes a change that nothing has to be noted for; `None` if that is not known at once, or not so.
+    ///
+    /// # Errors
+    /// If the initiator may not; then nothing has changed.
+    pub fn change_now(&self, port: Port, change: Change) -> Option<Result<Effects, ScsiError>> {
+        let _alone = self.changing.try_lock().ok()?;
+        let old = self.state();
+        let mut new = old.clone();
+        let effects = match new.apply(port, change) {
+            Ok(effects) => effects,
+            Err(error) => return Some(Err(error)),
+        };
+        if old.encode().is_some() || new.encode().is_some() {
+            return None;
+        }
+        self.become_state(new);
+        Some(Ok(effects))
+    }
+
     /// Makes a change, notes it where it is to survive, and says what follows from it. It waits for the host.
     ///
     /// # Errors

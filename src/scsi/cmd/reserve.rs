@@ -1,7 +1,7 @@
 //! PERSISTENT RESERVE IN and OUT (SPC-5 6.14, 6.15), RESERVE and RELEASE (SPC-2 7.17 ff).
 
 use std::sync::Arc;
-use std::sync::mpsc::RecvTimeoutError;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::{Context, Reply, wire};
 use crate::scsi::attention::Port;
 use crate::scsi::lun::Lun;
-use crate::scsi::reservations::{Change, State, Type};
+use crate::scsi::reservations::{Change, Effects, State, Type};
 use crate::scsi::sense::ScsiError;
 use crate::scsi::target::Target;
 use crate::scsi::wire::{Cdb, U16, U32, U64, bytes_of, len32};
@@ -244,31 +244,31 @@ fn registering(
 /// REGISTER.
 pub(super) fn register(context: Context<'_>) -> Result<Reply, ScsiError> {
     let change = registering(&context, Some)?;
-    Ok(job(&context, change, false))
+    job(&context, change, false)
 }
 
 /// REGISTER AND IGNORE EXISTING KEY.
 pub(super) fn register_and_ignore(context: Context<'_>) -> Result<Reply, ScsiError> {
     let change = registering(&context, |_| None)?;
-    Ok(job(&context, change, false))
+    job(&context, change, false)
 }
 
 /// PERSISTENT RESERVE OUT RESERVE.
 pub(super) fn reserve(context: Context<'_>) -> Result<Reply, ScsiError> {
     let change = Change::Reserve { key: basic(&context)?.key.get(), kind: kind(&context)? };
-    Ok(job(&context, change, false))
+    job(&context, change, false)
 }
 
 /// PERSISTENT RESERVE OUT RELEASE.
 pub(super) fn release(context: Context<'_>) -> Result<Reply, ScsiError> {
     let change = Change::Release { key: basic(&context)?.key.get(), kind: kind(&context)? };
-    Ok(job(&context, change, false))
+    job(&context, change, false)
 }
 
 /// CLEAR.
 pub(super) fn clear(context: Context<'_>) -> Result<Reply, ScsiError> {
     let change = Change::Clear { key: basic(&context)?.key.get() };
-    Ok(job(&context, change, false))
+    job(&context, change, false)
 }
 
 fn preempting(context: &Context<'_>) -> Result<Change, ScsiError> {
@@ -280,13 +280,13 @@ fn preempting(context: &Context<'_>) -> Result<Change, ScsiError> {
 /// PREEMPT.
 pub(super) fn preempt(context: Context<'_>) -> Result<Reply, ScsiError> {
     let change = preempting(&context)?;
-    Ok(job(&context, change, false))
+    job(&context, change, false)
 }
 
 /// PREEMPT AND ABORT.
 pub(super) fn preempt_and_abort(context: Context<'_>) -> Result<Reply, ScsiError> {
     let change = preempting(&context)?;
-    Ok(job(&context, change, true))
+    job(&context, change, true)
 }
 
 /// REGISTER AND MOVE.
@@ -309,36 +309,42 @@ pub(super) fn register_and_move(context: Context<'_>) -> Result<Reply, ScsiError
         unregister: list.flags & UNREG != 0,
         survives: survives(&context, list.flags, 17)?,
     };
-    Ok(job(&context, change, false))
+    job(&context, change, false)
 }
 
-/// Makes a change where it may wait for the host, then tells who has to know.
-fn job(context: &Context<'_>, change: Change, abort: bool) -> Reply {
+/// Makes a change, at once where nothing has to be noted, and tells who has to know. What it aborts is told to end before
+/// anything waits: with many commands under way, those are in the way of whoever waits for a thread.
+fn job(context: &Context<'_>, change: Change, abort: bool) -> Result<Reply, ScsiError> {
     let (target, lun) = (Arc::clone(context.target), Arc::clone(context.lun));
     let (port, len) = (context.nexus.port(), list_len(&context.request.cdb));
-    Reply::Job(Box::new(move |cancel| {
-        if cancel.is_requested() {
-            return Err(ScsiError::Aborted);
-        }
-        let effects = lun.reservations().change(port, change, lun.store().notes())?;
-        for (port, attention) in &effects.tell {
-            target.tell(&lun, *attention, &[*port]);
-        }
-        if abort && !effects.preempted.is_empty() {
-            wait_for_aborted(&target, &lun, &effects.preempted, cancel)?;
-        }
-        Ok(len)
-    }))
+    let Some(effects) = lun.reservations().change_now(port, change) else {
+        return Ok(Reply::Job(Box::new(move |cancel| {
+            if cancel.is_requested() {
+                return Err(ScsiError::Aborted);
+            }
+            let effects = lun.reservations().change(port, change, lun.store().notes())?;
+            wait(follow(&target, &lun, &effects, abort), cancel).map(|()| len)
+        })));
+    };
+    let ended = follow(&target, &lun, &effects?, abort);
+    if ended.is_none() {
+        return Ok(Reply::Consumed(len));
+    }
+    Ok(Reply::Job(Box::new(move |cancel| wait(ended, cancel).map(|()| len))))
+}
+
+/// Tells who has to know, and has the commands of those who were preempted end.
+fn follow(target: &Target, lun: &Lun, effects: &Effects, abort: bool) -> Option<Receiver<()>> {
+    for (port, attention) in &effects.tell {
+        target.tell(lun, *attention, &[*port]);
+    }
+    let any = abort && !effects.preempted.is_empty();
+    any.then(|| target.abort_tasks(&effects.preempted, lun)).flatten()
 }
 
 /// The commands of those who were preempted end before PREEMPT AND ABORT does (SPC-5 5.14.11.2.6).
-fn wait_for_aborted(
-    target: &Target,
-    lun: &Lun,
-    preempted: &[Port],
-    cancel: &Cancel,
-) -> Result<(), ScsiError> {
-    let Some(ended) = target.abort_tasks(preempted, lun) else { return Ok(()) };
+fn wait(ended: Option<Receiver<()>>, cancel: &Cancel) -> Result<(), ScsiError> {
+    let Some(ended) = ended else { return Ok(()) };
     while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(LOOK) {
         if cancel.is_requested() {
             return Err(ScsiError::Aborted);

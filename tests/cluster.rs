@@ -1,0 +1,357 @@
+//! Disks that several guests share, each by a socket of its own: reservations that mean something, counters that end at
+//! the sum, and task management that reaches those it is about.
+
+mod frontend;
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use frontend::connection::FIRST_REQUEST_QUEUE;
+use frontend::daemon::Scratch;
+use frontend::scsi::{key, response, status};
+use frontend::*;
+
+use frontend::scsi::status::{RESERVATION_CONFLICT, TASK_ABORTED};
+
+/// A daemon with several sockets.
+struct Cluster {
+    daemon: Daemon,
+    others: Vec<PathBuf>,
+}
+
+impl Cluster {
+    fn new(scratch: &Scratch, sockets: usize, disk: &Path, options: &str) -> Self {
+        let others: Vec<PathBuf> =
+            (1..sockets).map(|n| scratch.join(format!("other-{n}.sock"))).collect();
+        let mut builder = Daemon::builder(scratch).disk(disk, options);
+        for path in &others {
+            builder = builder.arg("--socket-path").arg(path);
+        }
+        Cluster { daemon: builder.spawn(), others }
+    }
+
+    /// The guest behind a socket, from 0 on.
+    fn guest(&self, n: usize, builder: FrontEndBuilder) -> FrontEnd {
+        match n.checked_sub(1) {
+            None => builder.connect(&self.daemon),
+            Some(n) => {
+                let mut stream = None;
+                eventually("a connection", || {
+                    stream = UnixStream::connect(&self.others[n]).ok();
+                    stream.is_some()
+                });
+                builder.attach(stream.unwrap(), self.daemon.diagnosis())
+            }
+        }
+    }
+
+    fn guests<const N: usize>(&self) -> [FrontEnd; N] {
+        std::array::from_fn(|n| self.guest(n, FrontEnd::builder().queues(2)))
+    }
+}
+
+fn reserve_out(
+    lun: &Lun<'_>,
+    action: u8,
+    kind: u8,
+    key: u64,
+    other: u64,
+    flags: u8,
+) -> ScsiResponse {
+    let mut list = [key.to_be_bytes(), other.to_be_bytes()].concat();
+    list.resize(24, 0);
+    list[20] = flags;
+    lun.run_out(Cdb::from_slice(&[0x5f, action, kind, 0, 0, 0, 0, 0, 24, 0]), &list)
+}
+
+fn reservation(lun: &Lun<'_>) -> Vec<u8> {
+    lun.run_in(Cdb::from_slice(&[0x5e, 1, 0, 0, 0, 0, 0, 0, 64, 0]), 64)
+        .expect_good()
+        .data()
+        .to_vec()
+}
+
+fn keys(lun: &Lun<'_>) -> Vec<u8> {
+    let data = lun.run_in(Cdb::from_slice(&[0x5e, 0, 0, 0, 0, 0, 0, 1, 0, 0]), 256).expect_good();
+    data.data()[8..].chunks(8).map(|key| key[7]).collect()
+}
+
+const REGISTER: u8 = 0;
+const RESERVE: u8 = 1;
+const PREEMPT: u8 = 4;
+const PREEMPT_AND_ABORT: u8 = 5;
+const APTPL: u8 = 1;
+const WRITE_EXCLUSIVE_REGISTRANTS_ONLY: u8 = 5;
+
+fn compare_and_write(lba: u8) -> Cdb {
+    Cdb::from_slice(&[0x89, 0, 0, 0, 0, 0, 0, 0, 0, lba, 0, 0, 0, 1, 0, 0])
+}
+
+#[test]
+fn each_socket_is_a_port_and_all_lead_to_the_same_disk() {
+    let scratch = Scratch::new();
+    let cluster = Cluster::new(&scratch, 3, &scratch.image("disk.img", MIB), "");
+    let guests: [FrontEnd; 3] = cluster.guests();
+    let luns: Vec<Lun<'_>> = guests.iter().map(|guest| guest.ready_lun(0, 0)).collect();
+    luns[0].write16(0, &[1; 512]);
+    luns[1].write16(1, &[2; 512]);
+    assert_eq!(luns[2].read16(0, 2), [[1; 512], [2; 512]].concat());
+    for (n, lun) in (1u8..).zip(&luns) {
+        let names = lun.vpd(0x83);
+        assert!(names.windows(8).any(|d| d == [1, 0x14, 0, 4, 0, 0, 0, n]), "{n}: {names:02x?}");
+        assert_eq!(names.len(), luns[0].vpd(0x83).len());
+        assert_eq!(lun.vpd(0x80), luns[0].vpd(0x80));
+    }
+    // What one changes the others are told.
+    luns[0].run_out(cdb::mode_select6(24), &{
+        let mut list = vec![0; 4];
+        list.extend([8, 18, 0]);
+        list.resize(24, 0);
+        list
+    });
+    for lun in &luns[1..] {
+        assert_eq!(lun.clear_unit_attentions(), [(0x2a, 0x01)]);
+    }
+    // One that goes and comes back disturbs nobody.
+    let [first, second, third] = guests;
+    drop(first);
+    let again = cluster.guest(0, FrontEnd::builder());
+    assert_eq!(again.lun(0, 0).clear_unit_attentions(), [(0x29, 0x00)]);
+    for guest in [second, third] {
+        guest.lun(0, 0).test_unit_ready();
+    }
+}
+
+#[test]
+fn reservations_keep_others_out_and_survive_a_crash() {
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", MIB);
+    let mut cluster = Cluster::new(&scratch, 2, &disk, "");
+    {
+        let [a, b] = cluster.guests();
+        let (a, b) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
+        reserve_out(&a, REGISTER, 0, 0, 0xa, APTPL).expect_good();
+        reserve_out(&a, RESERVE, WRITE_EXCLUSIVE_REGISTRANTS_ONLY, 0xa, 0, 0).expect_good();
+        b.read16(0, 1);
+        let write = |lun: &Lun<'_>| lun.run_out(cdb::write16(0, 1), &[7; 512]).status;
+        assert_eq!(write(&b), RESERVATION_CONFLICT);
+        assert_eq!(b.run_out(compare_and_write(0), &[0; 1024]).status, RESERVATION_CONFLICT);
+        reserve_out(&b, REGISTER, 0, 0, 0xb, APTPL).expect_good();
+        assert_eq!((write(&a), write(&b)), (status::GOOD, status::GOOD));
+    }
+    cluster.daemon.kill();
+    drop(cluster);
+    let cluster = Cluster::new(&scratch, 2, &disk, "");
+    {
+        let [a, b] = cluster.guests();
+        let (a, b) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
+        assert_eq!(keys(&a), [0xa, 0xb]);
+        assert_eq!(reservation(&b)[8..16], 0xau64.to_be_bytes());
+        // The second takes over.
+        reserve_out(&b, PREEMPT, WRITE_EXCLUSIVE_REGISTRANTS_ONLY, 0xb, 0xa, 0).expect_good();
+        assert_eq!(a.clear_unit_attentions(), [(0x2a, 0x05)]);
+        assert_eq!(a.run_out(cdb::write16(0, 1), &[7; 512]).status, RESERVATION_CONFLICT);
+        b.write16(0, &[8; 512]);
+        // Without APTPL nothing is to survive, and nothing is left beside the image.
+        reserve_out(&b, 6, 0, 0, 0xc, 0).expect_good();
+        assert!(!scratch.join("disk.img.thinlun").exists());
+    }
+    drop(cluster);
+    let cluster = Cluster::new(&scratch, 2, &disk, "");
+    let [a, _] = cluster.guests();
+    assert!(keys(&a.ready_lun(0, 0)).is_empty());
+}
+
+#[test]
+fn preempt_and_abort_ends_commands_in_flight() {
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", MIB);
+    // Each read of the second block takes a while.
+    let cluster = Cluster::new(&scratch, 3, &disk, "fault=read:delay-ms-700@512-1024");
+    let [a, b, c] = cluster.guests();
+    let (la, lb, lc) = (a.ready_lun(0, 0), b.ready_lun(0, 0), c.ready_lun(0, 0));
+    for (lun, key) in [(&la, 0xa), (&lb, 0xb), (&lc, 0xc)] {
+        reserve_out(lun, REGISTER, 0, 0, key, 0).expect_good();
+    }
+    reserve_out(&la, RESERVE, WRITE_EXCLUSIVE_REGISTRANTS_ONLY, 0xa, 0, 0).expect_good();
+    let slow = |lun: &Lun<'_>| {
+        (0..20)
+            .map(|_| lun.submit(&lun.request(cdb::read16(1, 1)).data_in(512)))
+            .collect::<Vec<_>>()
+    };
+    let (mine, theirs) = (slow(&la), slow(&lc));
+    std::thread::sleep(Duration::from_millis(100));
+    // On a queue of its own: it waits for those it ends.
+    let second = lb.on_queue(FIRST_REQUEST_QUEUE + 1);
+    let preempt =
+        reserve_out(&second, PREEMPT_AND_ABORT, WRITE_EXCLUSIVE_REGISTRANTS_ONLY, 0xb, 0xa, 0);
+    preempt.expect_good();
+    // Everything was over before it was.
+    for ticket in mine {
+        let answer = a.queue(FIRST_REQUEST_QUEUE).try_take(ticket).expect("ended before");
+        let answer = ScsiResponse::parse(&answer);
+        assert_eq!((answer.response, answer.status), (response::OK, TASK_ABORTED));
+    }
+    assert_eq!(la.clear_unit_attentions(), [(0x2a, 0x05)]);
+    for ticket in theirs {
+        c.wait(ticket).expect_good();
+    }
+}
+
+#[test]
+fn a_reset_of_the_disk_ends_everybodys_commands_and_an_abort_only_ones_own() {
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", MIB);
+    let cluster = Cluster::new(&scratch, 2, &disk, "fault=read:delay-ms-400@512-1024");
+    let [a, b] = cluster.guests();
+    let (la, lb) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
+    let slow = |lun: &Lun<'_>| lun.submit(&lun.request(cdb::read16(1, 1)).data_in(512));
+    for function in [Tmf::AbortTaskSet, Tmf::ClearTaskSet] {
+        let (mine, theirs) = (slow(&la), slow(&lb));
+        assert_eq!(b.tmf(function, lb.address, 0), response::OK);
+        assert_eq!(b.wait(theirs).response, response::ABORTED);
+        a.wait(mine).expect_good();
+    }
+    let (mine, theirs) = (slow(&la), slow(&lb));
+    assert_eq!(b.tmf(Tmf::LogicalUnitReset, lb.address, 0), response::OK);
+    assert_eq!(b.wait(theirs).response, response::RESET);
+    assert_eq!(a.wait(mine).response, response::RESET);
+    for lun in [&la, &lb] {
+        assert_eq!(lun.clear_unit_attentions(), [(0x29, 0x00)]);
+    }
+}
+
+/// Adds one to a counter, as often as asked, by COMPARE AND WRITE, several at a time.
+fn count_up(guest: &FrontEnd, queue: usize, times: u64) -> u64 {
+    let lun = guest.lun(0, 0).on_queue(queue);
+    let block = |number: u64| {
+        let mut block = vec![0; 512];
+        block[..8].copy_from_slice(&number.to_be_bytes());
+        block
+    };
+    let read = || u64::from_be_bytes(lun.read16(5, 1)[..8].try_into().unwrap());
+    let (mut done, mut tries, mut known) = (0, 0, read());
+    while done < times {
+        tries += 1;
+        let data = [block(known), block(known + 1)].concat();
+        let answer = lun.run_out(compare_and_write(5), &data);
+        match answer.sense_code() {
+            None => {
+                answer.expect_good();
+                (done, known) = (done + 1, known + 1);
+            }
+            Some((key::MISCOMPARE, 0x1d, 0)) => known = read(),
+            Some(other) => panic!("{other:02x?}"),
+        }
+    }
+    tries
+}
+
+#[test]
+fn two_guests_count_to_exactly_the_sum() {
+    let times: u64 = std::env::var("THINLUN_TEST_INCREMENTS")
+        .map_or(1_000_000, |text| text.parse().expect("a number"));
+    let scratch = Scratch::new();
+    let cluster = Cluster::new(&scratch, 2, &scratch.image("disk.img", MIB), "");
+    let guests: [FrontEnd; 2] = cluster.guests();
+    guests.iter().for_each(|guest| drop(guest.ready_lun(0, 0)));
+    let start = Instant::now();
+    let tries: u64 = std::thread::scope(|scope| {
+        let count = |guest| scope.spawn(move || count_up(guest, FIRST_REQUEST_QUEUE, times / 2));
+        let both = guests.each_ref().map(count);
+        both.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    let counter = guests[0].lun(0, 0).read16(5, 1);
+    assert_eq!(counter[..8], times.to_be_bytes());
+    println!("{times} increments by two guests in {tries} tries, {:.1?}", start.elapsed());
+}
+
+#[test]
+fn plain_reads_see_no_half_of_an_atomic_write() {
+    let scratch = Scratch::new();
+    for options in ["", "cache=direct,block-size=4096"] {
+        let disk = scratch.image("disk.img", MIB);
+        let cluster = Cluster::new(&scratch, 2, &disk, options);
+        let [a, b] = cluster.guests();
+        let (la, lb) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
+        let blocks = 16;
+        std::thread::scope(|scope| {
+            let writing = scope.spawn(|| {
+                for n in 0..200u8 {
+                    let cdb =
+                        Cdb::from_slice(&[0x9c, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, blocks, 0, 0]);
+                    la.run_out(cdb, &vec![n; usize::from(blocks) * la.block_size]).expect_good();
+                }
+            });
+            while !writing.is_finished() {
+                let seen = lb.read16(0, blocks.into());
+                assert!(seen.iter().all(|byte| *byte == seen[0]), "{options}");
+            }
+        });
+        assert!(!scratch.join("disk.img.thinlun-write").exists());
+    }
+}
+
+#[test]
+fn a_write_that_the_host_lost_half_of_is_made_whole_at_the_next_start() {
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", MIB);
+    // As a host that crashed while block 3 of blocks 2 to 5 was written leaves it.
+    let mut journal = b"thinlun: writing".to_vec();
+    journal.extend(1024u64.to_be_bytes());
+    journal.extend(2048u64.to_be_bytes());
+    journal.extend([9; 2048]);
+    frontend::daemon::host_write(&disk, 1024, &[9; 700]);
+    std::fs::write(scratch.join("disk.img.thinlun-write"), &journal).unwrap();
+    let builder = Daemon::builder(&scratch).disk(&disk, "readonly");
+    let (code, why) = builder.expect_refusal();
+    assert!(code == 1 && why.contains("serve the image writable once"), "{why}");
+    let daemon = Daemon::builder(&scratch).disk(&disk, "").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let data = fe.ready_lun(0, 0).read16(1, 6);
+    assert_eq!(data, [vec![0; 512], vec![9; 2048], vec![0; 512]].concat());
+    assert!(!scratch.join("disk.img.thinlun-write").exists());
+}
+
+#[test]
+fn saved_mode_pages_names_and_their_absence_survive() {
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", MIB);
+    let select = |lun: &Lun<'_>, page: &[u8], save: u8| {
+        let list = [&[0; 4], page].concat();
+        let cdb = Cdb::from_slice(&[0x15, 0x10 | save, 0, 0, list.len() as u8, 0]);
+        lun.run_out(cdb, &list).expect_good();
+    };
+    let sense = |lun: &Lun<'_>, control: u8| {
+        let cdb = Cdb::from_slice(&[0x1a, 8, control << 6 | 8, 0, 64, 0]);
+        lun.run_in(cdb, 64).expect_good().data()[4..].to_vec()
+    };
+    let caching = |wce: u8| {
+        let mut page = vec![8, 18, wce];
+        page.resize(20, 0);
+        page
+    };
+    for start in 0..3 {
+        let daemon = Daemon::builder(&scratch).disk(&disk, "").spawn();
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        assert_eq!(sense(&lun, 0)[0], 0x88, "PS");
+        match start {
+            0 => {
+                assert_eq!([sense(&lun, 0)[2], sense(&lun, 3)[2]], [4, 4]);
+                select(&lun, &caching(0), 1);
+                select(&lun, &caching(4), 0);
+                assert_eq!([sense(&lun, 0)[2], sense(&lun, 3)[2], sense(&lun, 2)[2]], [4, 0, 4]);
+                fe.tmf(Tmf::LogicalUnitReset, lun.address, 0);
+                lun.clear_unit_attentions();
+                assert_eq!(sense(&lun, 0)[2], 0, "a reset brings back what was saved");
+            }
+            1 => {
+                assert_eq!([sense(&lun, 0)[2], sense(&lun, 3)[2]], [0, 0]);
+                select(&lun, &caching(4), 1);
+            }
+            _ => assert_eq!([sense(&lun, 0)[2], sense(&lun, 3)[2]], [4, 4]),
+        }
+    }
+}
