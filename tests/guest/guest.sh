@@ -20,10 +20,11 @@ refused() {
 # random MEBIBYTES: that much noise.
 random() { head -c $(($1 * 1024 * 1024)) /dev/urandom; }
 
-# The sysfs directory of a LUN, its block device, and its generic device.
-lun() { echo /sys/class/scsi_device/*:"$1"/device; }
-disk() { echo "/dev/$(ls "$(lun "$1")/block")"; }
-generic() { echo "/dev/$(ls "$(lun "$1")/scsi_generic")"; }
+# The sysfs directory of a LUN, its block device, and its generic device; `generic LUN 1` is the same LUN on the second
+# controller.
+lun() { echo /sys/class/scsi_device/"${2:-0}":*:"$1"/device; }
+disk() { echo "/dev/$(ls "$(lun "$@")/block")"; }
+generic() { echo "/dev/$(ls "$(lun "$@")/scsi_generic")"; }
 
 # queue LUN ATTRIBUTE: what the kernel's block layer made of the disk.
 queue() { cat "/sys/block/$(basename "$(disk "$1")")/queue/$2"; }
