@@ -122,9 +122,8 @@ fn allowed(name: &str, cdb: &[u8]) -> (bool, bool, bool) {
         "PREVENT ALLOW MEDIUM REMOVAL" if cdb[4] & 3 == 0 => ALL,
         "START STOP UNIT" if cdb[4] == 1 => ALL,
         "TEST UNIT READY" => PERSISTENT,
-        "MODE SENSE(6)" | "MODE SENSE(10)" | "READ BUFFER(10)" | "RECEIVE DIAGNOSTIC RESULTS" => {
-            READS
-        }
+        "MODE SENSE(6)" | "MODE SENSE(10)" | "READ BUFFER(10)" | "READ BUFFER(16)" => READS,
+        "RECEIVE DIAGNOSTIC RESULTS" => READS,
         "REPORT SUPPORTED OPERATION CODES" | "REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS" => READS,
         "GET LBA STATUS(16)" | "GET LBA STATUS(32)" | "POPULATE TOKEN" => READS,
         _ if name.starts_with("READ(") || name.starts_with("VERIFY(") => READS,

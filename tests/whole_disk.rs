@@ -91,6 +91,12 @@ fn buffers_keep_what_they_are_given() {
     assert_eq!(read(0x0a, 0, 0, 8).expect_good(), [1, 2, 3]);
     bench.run(&[0x3b, 2, 0, 0, 0, 2, 0, 0, 3, 0], &[4, 5, 6], 0).expect_good();
     assert_eq!(read(2, 0, 1, 5).expect_good(), [0, 4, 5, 6, 0]);
+    let long = |mode: u8, id: u8, offset: u8| {
+        bench.run(&[0x9b, mode, 0, 0, 0, 0, 0, 0, 0, offset, 0, 0, 0, 5, id, 0], &[], 5)
+    };
+    assert_eq!(long(2, 0, 1).expect_good(), [0, 4, 5, 6, 0]);
+    assert_eq!(long(3, 0, 0).expect_good(), [0, 0, 16, 0]);
+    long(2, 1, 0).expect_cdb_field(14, 7);
     read(2, 1, 0, 1).expect_cdb_field(2, 7);
     read(4, 0, 0, 1).expect_cdb_field(1, 4);
     let long = bench.run(&[0x3b, 0x0a, 0, 0, 0, 0, 0, 16, 1, 0], &[0; 4097], 0);

@@ -204,7 +204,13 @@ fn statistics(lun: &Lun) -> Vec<Parameter> {
     let block = u64::from(lun.block_size());
     let numbers =
         [read.commands, written.commands, written.bytes / block, read.bytes / block, 0, 0, 0, 0];
-    vec![Parameter(1, BINARY, numbers.iter().flat_map(|n| n.to_be_bytes()).collect())]
+    let numbers = numbers.iter().flat_map(|n| n.to_be_bytes()).collect();
+    // Idle time, and the interval of which that is a number: none.
+    vec![
+        Parameter(1, BINARY, numbers),
+        Parameter(2, BINARY, vec![0; 8]),
+        Parameter(3, BINARY, vec![0; 8]),
+    ]
 }
 
 /// There are no informational exceptions (DEXCPT), and there is no temperature.
