@@ -99,6 +99,14 @@ fn list_for(command: &Command) -> Vec<u8> {
         "MODE SELECT(6)" => [&[0; 4][..], &[8, 0x12, 4], &[0; 17]].concat(),
         "MODE SELECT(10)" => [&[0; 8][..], &[8, 0x12, 4], &[0; 17]].concat(),
         "FORMAT UNIT" => vec![0, 2, 0, 0],
+        "LOG SELECT" => vec![0x0f, 0, 0, 7, 0, 3, 3, 3, 9, 8, 7],
+        "SET TIMESTAMP" => vec![0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 0, 0],
+        "PERSISTENT RESERVE OUT REGISTER AND MOVE" => {
+            let ports =
+                [&[0; 16][..], &[0, 2, 0, 2, 0, 0, 0, 24, 0x0f, 0, 0, 0], b"THINLUN "].concat();
+            [&ports[..], &[0; 11], &[2]].concat()
+        }
+        name if name.starts_with("PERSISTENT RESERVE OUT") => vec![0; 24],
         "SANITIZE OVERWRITE" => vec![1, 0, 0, 4, 1, 2, 3, 4],
         "EXTENDED COPY(LID1)" => {
             let descriptor = [

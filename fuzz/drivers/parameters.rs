@@ -48,6 +48,9 @@ fn length_field(cdb: &[u8]) -> Option<(usize, usize)> {
         0x42 | 0x48 | 0x4c | 0x55 => Some((7, 2)),
         0x83 => Some((10, 4)),
         0x5f => Some((5, 4)),
+        0xa4 => Some((6, 4)),
+        0x1d => Some((3, 2)),
+        0x3b => Some((6, 3)),
         _ => None,
     }
 }

@@ -151,8 +151,9 @@ impl FileStore {
         // Nothing can be kept beside a device node: /dev is made anew by every boot.
         if !block_device {
             let image = stable_name(path).map_err(|e| plain(&e))?;
-            store.notes = Notes::beside(&image)
+            let notes = Notes::beside(&image)
                 .map_err(|e| format!("what is remembered of it, in its .thinlun: {}", plain(&e)))?;
+            store.notes = if options.read_only { notes.detached() } else { notes };
             let journal = store.open_journal(&image, options);
             store.journal =
                 Some(journal.map_err(|e| format!("its .thinlun-write: {}", plain(&e)))?);

@@ -42,6 +42,11 @@ impl Notes {
         Ok(Notes { place: Some(place), values: Mutex::new(values) })
     }
 
+    /// The same values, to be kept in memory from now on: of an image that others may read too.
+    pub fn detached(self) -> Self {
+        Notes { place: None, ..self }
+    }
+
     /// Whether there is a place to keep them in.
     pub fn survive(&self) -> bool {
         self.place.is_some()
