@@ -466,6 +466,36 @@ fn systemd_passes_a_listening_socket() {
     assert!(path.exists(), "the socket belongs to who made it");
 }
 
+/// A socket may be given but once; and where one of several cannot be had, none is made.
+#[test]
+fn several_sockets() {
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", MIB);
+    let start = || Daemon::builder(&scratch).disk(&disk, "");
+    let path = scratch.join("vhost.sock");
+    assert_refused(start().arg("--socket-path").arg(&path), &["vhost.sock", "given twice"]);
+    let file: OwnedFd = fs::File::open("/dev/null").unwrap().into();
+    assert_refused(start().with_fd(file, 42).arg("--fd").arg("42"), &["42", "given twice"]);
+    let nowhere = scratch.join("no/such/dir.sock");
+    assert_refused(start().arg("--socket-path").arg(nowhere), &["no/such/dir.sock"]);
+    let many = (0..64).flat_map(|n| ["--socket-path".into(), format!("/tmp/{n}.sock")]);
+    assert_refused(start().args(many), &["64"]);
+    // Those that are handed over end with the last of them.
+    let pairs = [0; 2].map(|_| UnixStream::pair().unwrap());
+    let mut builder = start();
+    let mut ours = Vec::new();
+    for (number, (our, their)) in (43..).zip(pairs) {
+        builder = builder.with_fd(their.into(), number);
+        ours.push(our);
+    }
+    let mut daemon = builder.spawn();
+    for our in ours {
+        assert!(daemon.wait_exit(Duration::from_millis(100)).is_none());
+        FrontEnd::builder().attach(our, daemon.diagnosis()).ready_lun(0, 0).test_unit_ready();
+    }
+    assert_eq!(daemon.wait_exit(SOON).expect("an end").code(), Some(0), "{}", daemon.log());
+}
+
 #[test]
 fn descriptors_that_are_no_sockets() {
     let scratch = Scratch::new();

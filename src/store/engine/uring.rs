@@ -125,7 +125,7 @@ impl<J: Send + 'static> UringEngine<J> {
         operation: Operation,
     ) -> Result<usize, Operation> {
         let full = self.flying >= DEPTH as usize;
-        if full || self.ring().is_none() {
+        if full {
             return Err(operation);
         }
         let Some((file, hold)) = store.ring_file(&operation) else {
