@@ -117,8 +117,17 @@ impl Background {
     /// # Errors
     /// 02/04/04 or 02/04/1B with the progress while an operation runs, 03/31/00 or 03/31/03 after one
     /// has failed.
+    #[inline]
     pub fn check(&self, tolerance: Tolerance) -> Result<(), ScsiError> {
-        if tolerance == Tolerance::Always || !self.occupied.load(Ordering::Acquire) {
+        match self.occupied.load(Ordering::Acquire) {
+            false => Ok(()),
+            true => self.check_occupied(tolerance),
+        }
+    }
+
+    #[cold]
+    fn check_occupied(&self, tolerance: Tolerance) -> Result<(), ScsiError> {
+        if tolerance == Tolerance::Always {
             return Ok(());
         }
         let state = self.state();

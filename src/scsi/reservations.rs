@@ -405,10 +405,16 @@ impl Reservations {
     ///
     /// # Errors
     /// RESERVATION CONFLICT.
+    #[inline]
     pub fn check(&self, port: Port, conflict: Conflict, cdb: &Cdb) -> Result<(), ScsiError> {
-        if !self.reserved.load(Ordering::Acquire) {
-            return Ok(());
+        match self.reserved.load(Ordering::Acquire) {
+            false => Ok(()),
+            true => self.check_reserved(port, conflict, cdb),
         }
+    }
+
+    #[cold]
+    fn check_reserved(&self, port: Port, conflict: Conflict, cdb: &Cdb) -> Result<(), ScsiError> {
         if lock(&self.state).forbids(port, conflict, cdb) { Err(CONFLICT) } else { Ok(()) }
     }
 

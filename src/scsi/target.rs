@@ -40,10 +40,15 @@ pub trait Tasks: Send + Sync {
     fn abort(&self, ports: &[Port], disk: usize) -> Receiver<()>;
 }
 
+/// Logical units of target 0 that are found at once.
+const FIRST: u16 = 64;
+
 /// Every disk of the daemon, under one or more target numbers.
 pub struct Target {
     disks: Vec<Arc<Lun>>,
     by_address: BTreeMap<(u8, LunNumber), usize>,
+    /// The same for the first logical units of target 0, where nearly all are: looked at for every command.
+    first: Vec<Option<usize>>,
     ports: u16,
     nexuses: Mutex<Vec<Weak<Nexus>>>,
     tasks: OnceLock<Weak<dyn Tasks>>,
@@ -54,10 +59,13 @@ impl Target {
     /// A target over these disks, in the order of their index, with so many ports.
     pub fn new(disks: Vec<Arc<Lun>>, ports: u16) -> Self {
         let address = |d: &Arc<Lun>| ((d.settings().target, d.settings().lun), d.index());
-        let by_address = disks.iter().map(address).collect();
+        let by_address: BTreeMap<_, _> = disks.iter().map(address).collect();
+        let lun = |n| LunNumber::new(n).and_then(|lun| by_address.get(&(0, lun)).copied());
+        let first = (0..FIRST).map(lun).collect();
         Target {
             disks,
             by_address,
+            first,
             ports,
             nexuses: Mutex::default(),
             tasks: OnceLock::new(),
@@ -175,7 +183,11 @@ impl Target {
     }
 
     fn disk(&self, target: u8, lun: LunNumber) -> Option<&Arc<Lun>> {
-        self.by_address.get(&(target, lun)).and_then(|index| self.disks.get(*index))
+        let index = match self.first.get(usize::from(lun.get())) {
+            Some(index) if target == 0 => (*index)?,
+            _ => *self.by_address.get(&(target, lun))?,
+        };
+        self.disks.get(index)
     }
 
     /// The logical unit numbers of one target, in order.

@@ -36,6 +36,15 @@ impl Cdb {
         self.0.get(n).copied().unwrap_or(0)
     }
 
+    /// All of it in words of the host's order, to look at many bits at once.
+    pub fn words(&self) -> [u64; CDB_SIZE / 8] {
+        let mut words = [0; CDB_SIZE / 8];
+        for (word, bytes) in words.iter_mut().zip(self.0.as_chunks().0) {
+            *word = u64::from_ne_bytes(*bytes);
+        }
+        words
+    }
+
     /// The CDB in its typed form.
     ///
     /// # Errors

@@ -90,14 +90,16 @@ pub struct Exclusion {
 }
 
 /// The place in which this thread counts: it is always the same.
+#[inline]
 pub fn own_place() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local!(static OWN: Cell<usize> = const { Cell::new(PLACES) });
-    OWN.with(|own| {
-        if own.get() == PLACES {
+    OWN.with(|own| match own.get() {
+        PLACES => {
             own.set(NEXT.fetch_add(1, Ordering::Relaxed) % PLACES);
+            own.get()
         }
-        own.get()
+        place => place,
     })
 }
 
@@ -121,18 +123,30 @@ impl Exclusion {
         self.counters.get(counter).map(|c| &c.0)
     }
 
+    /// Counts an operation, as long as that is enough.
+    #[inline]
+    fn count_in(&self) -> Option<&AtomicUsize> {
+        let count = &self.counters.get(own_place())?.0;
+        // Either this thread sees below that lists are kept, or who keeps them sees the count: both are
+        // sequentially consistent.
+        count.fetch_add(1, Ordering::SeqCst);
+        if !self.lists.load(Ordering::SeqCst) {
+            return Some(count);
+        }
+        count.fetch_sub(1, Ordering::SeqCst);
+        None
+    }
+
     /// Enters an operation if nobody has to be waited for.
     fn enter_now(&self, ranges: &Ranges) -> Option<Hold> {
-        if !self.lists.load(Ordering::Relaxed) {
-            let own = own_place();
-            // Either this thread sees below that lists are kept, or who keeps them sees the count: both are
-            // sequentially consistent.
-            self.count(own)?.fetch_add(1, Ordering::SeqCst);
-            if !self.lists.load(Ordering::SeqCst) {
-                return Some(Hold(How::Counted(own)));
-            }
-            self.count(own)?.fetch_sub(1, Ordering::SeqCst);
+        if self.count_in().is_some() {
+            return Some(Hold(How::Counted(own_place())));
         }
+        self.enter_list(ranges)
+    }
+
+    #[cold]
+    fn enter_list(&self, ranges: &Ranges) -> Option<Hold> {
         let mut state = self.state();
         if state.is_taken(ranges) {
             return None;
@@ -302,7 +316,12 @@ impl Store for Exclusion {
     }
 
     fn try_now(&self, operation: &Operation) -> Option<Result<(), StoreError>> {
-        let hold = self.enter_now(&ranges_of(operation))?;
+        if let Some(count) = self.count_in() {
+            let done = self.store.try_now(operation);
+            count.fetch_sub(1, Ordering::Release);
+            return done;
+        }
+        let hold = self.enter_list(&ranges_of(operation))?;
         let done = self.store.try_now(operation);
         self.leave(&hold);
         done

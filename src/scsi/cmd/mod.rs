@@ -171,6 +171,8 @@ pub struct Command {
     /// CDB usage data (SPC-5 6.36.3): the operation code, then for each byte the bits that are looked
     /// at. Every other bit is reserved and must be zero. Its length is the CDB's.
     pub usage: &'static [u8],
+    /// The bits that must be zero on every disk, in words as [`Cdb::words`] has them.
+    reserved: [u64; 4],
     /// Direction of its data.
     pub data: Data,
     /// What it does with the medium.
@@ -204,12 +206,11 @@ impl Command {
     /// # Errors
     /// 05/24/00 pointing at the leftmost such bit.
     pub fn check_reserved_bits(&self, cdb: &Cdb, lun: Option<&Lun>) -> Result<(), ScsiError> {
-        if self.service_action == ServiceAction::None && self.options.is_empty() {
-            // Most commands are right, and nearly all are of this kind: one look tells.
-            let bytes = cdb.0.iter().zip(self.usage).skip(1);
-            if bytes.fold(0, |bits, (value, used)| bits | (value & !used)) == 0 {
-                return Ok(());
-            }
+        // Most commands are right: a look at whole words tells.
+        let wrong = cdb.words().into_iter().zip(self.reserved).fold(0, |bits, (w, r)| bits | w & r);
+        let plain = !matches!(self.service_action, ServiceAction::Variable(_));
+        if wrong == 0 && plain && self.options.is_empty() {
+            return Ok(());
         }
         for (byte, (value, used)) in (0u16..).zip(cdb.0.iter().zip(self.usage)).skip(1) {
             let used = match (self.service_action, byte) {
@@ -282,6 +283,13 @@ pub fn offered(lun: &Lun) -> impl Iterator<Item = &'static Command> {
 /// As [`find`].
 pub fn find_on(lun: &Lun, cdb: &Cdb) -> Result<&'static Command, ScsiError> {
     let rows = TABLE.get(first_row(cdb.opcode())..).unwrap_or_default();
+    // Nearly all commands are the only ones with their operation code, and on every disk.
+    if let Some(row) = rows.first()
+        && row.service_action == ServiceAction::None
+        && row.needs == Needs::Nothing
+    {
+        return Ok(row);
+    }
     find(rows.iter().filter(|c| c.needs.are_met_by(lun)), cdb)
 }
 
@@ -390,6 +398,23 @@ const IMMED_AUSE: u8 = 0xa0;
 /// LONGLIST, FMTDATA, CMPLST and DEFECT LIST FORMAT of FORMAT UNIT; there is no protection information.
 const FORMAT_FLAGS: u8 = 0x3f;
 
+/// The bits of a CDB that nobody looks at, without those that name the command and those behind its end. The table is made
+/// by the compiler: an index that is wrong does not compile.
+#[allow(clippy::indexing_slicing)]
+const fn reserved_words(usage: &[u8], action: ServiceAction) -> [u64; 4] {
+    let mut words = [[0u8; 8]; 4];
+    let mut at = 1;
+    while at < usage.len() {
+        words[at / 8][at % 8] = !usage[at];
+        at += 1;
+    }
+    if matches!(action, ServiceAction::Byte1(_)) {
+        words[0][1] &= 0xe0;
+    }
+    let [a, b, c, d] = words;
+    [u64::from_ne_bytes(a), u64::from_ne_bytes(b), u64::from_ne_bytes(c), u64::from_ne_bytes(d)]
+}
+
 const fn row(
     name: &'static str,
     usage: &'static [u8],
@@ -402,6 +427,7 @@ const fn row(
         name,
         service_action: ServiceAction::None,
         usage,
+        reserved: reserved_words(usage, ServiceAction::None),
         data,
         access,
         conflict: match access {
@@ -422,6 +448,7 @@ const fn row(
 impl Command {
     const fn action(mut self, action: u8) -> Self {
         self.service_action = ServiceAction::Byte1(action);
+        self.reserved = reserved_words(self.usage, self.service_action);
         self
     }
 
