@@ -164,6 +164,50 @@ fn reservations_keep_others_out_and_survive_a_crash() {
 }
 
 #[test]
+fn a_reserve_of_old_goes_with_its_guest() {
+    let scratch = Scratch::new();
+    let cluster = Cluster::new(&scratch, 2, &scratch.image("disk.img", MIB), "");
+    let [a, b] = cluster.guests();
+    let lun = b.ready_lun(0, 0);
+    a.ready_lun(0, 0).run(Cdb::new(0x16)).expect_good();
+    assert_eq!(lun.run(cdb::test_unit_ready()).status, RESERVATION_CONFLICT);
+    drop(a);
+    eventually("the disk is free", || lun.run(cdb::test_unit_ready()).is_good());
+}
+
+#[test]
+fn copies_respect_the_reservations_of_other_disks() {
+    let scratch = Scratch::new();
+    let mut builder = Daemon::builder(&scratch).disk(&scratch.image("disk.img", MIB), "");
+    let other = scratch.join("other.sock");
+    builder = builder.disk(&scratch.image("copy.img", MIB), "").arg("--socket-path").arg(&other);
+    let cluster = Cluster { daemon: builder.spawn(), others: vec![other] };
+    let [a, b] = cluster.guests();
+    let (from, to, held) = (b.ready_lun(0, 0), b.ready_lun(0, 1), a.ready_lun(0, 1));
+    from.write16(0, &[3; 4096]);
+    let cscd = |lun: &Lun<'_>| {
+        let naa = lun.vpd(0x83)[8..16].to_vec();
+        [&[0xe4, 0, 0, 0, 1, 3, 0, 8][..], &naa, &[0; 12], &[0, 0, 2, 0]].concat()
+    };
+    let segment = [&[2, 0, 0, 24, 0, 0, 0, 1, 0, 0, 0, 8][..], &[0; 16]].concat();
+    let head = [0, 0x30, 0, 64, 0, 0, 0, 0, 0, 0, 0, 28, 0, 0, 0, 0];
+    let list = [&head[..], &cscd(&from), &cscd(&to), &segment].concat();
+    let copy = || from.run_out(Cdb::new(0x83).byte(13, list.len() as u8), &list);
+    for (kind, code) in [(1, Some((key::COPY_ABORTED, 0x0d, 0x02))), (0, None)] {
+        if kind == 1 {
+            reserve_out(&held, REGISTER, 0, 0, 0xa, 0).expect_good();
+            reserve_out(&held, RESERVE, kind, 0xa, 0, 0).expect_good();
+        } else {
+            reserve_out(&held, REGISTER, 0, 0xa, 0, 0).expect_good();
+        }
+        let answer = copy();
+        assert_eq!(answer.sense_code(), code, "{answer:?}");
+        let copied = if code.is_none() { [3; 4096] } else { [0; 4096] };
+        assert_eq!(to.read16(0, 8), copied);
+    }
+}
+
+#[test]
 fn preempt_and_abort_ends_commands_in_flight() {
     let scratch = Scratch::new();
     let disk = scratch.image("disk.img", MIB);

@@ -3,6 +3,7 @@
 #![allow(clippy::cast_possible_truncation)]
 
 use thinlun::scsi::cmd::{Access, Command, Data, ServiceAction, TABLE};
+use thinlun::scsi::reservations::Conflict;
 use thinlun::scsi::{Delivery, Port, Status};
 use thinlun::store::mem::MemStore;
 
@@ -625,7 +626,9 @@ fn sanitize_erases_or_overwrites_everything() {
 
 /// The README's table of commands, as it must stand there.
 fn readme_table() -> String {
-    let mut table = String::from("| operation | code | CDB | notes |\n|---|---|---|---|\n");
+    let mut table = String::from(
+        "| operation | code | CDB | under a reservation of others | notes |\n|---|---|---|---|---|\n",
+    );
     for command in TABLE {
         let code = match action_of(command) {
             None => format!("{:02X}h", command.opcode()),
@@ -637,8 +640,16 @@ fn readme_table() -> String {
             (Access::Read, _) => "needs a started disk",
             (Access::None, _) => "",
         };
+        let reserved = match command.conflict {
+            Conflict::Never => "runs",
+            Conflict::NeverPersistent => "runs, but not under a RESERVE",
+            Conflict::ExclusiveAccess => "under write exclusive ones",
+            Conflict::Always => "no",
+            Conflict::Unless(_) => "where it takes nothing away",
+            Conflict::Itself => "is about them",
+        };
         let len = command.usage.len();
-        table += &format!("| {} | {code} | {len} | {notes} |\n", command.name);
+        table += &format!("| {} | {code} | {len} | {reserved} | {notes} |\n", command.name);
     }
     table
 }

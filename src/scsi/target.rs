@@ -110,6 +110,11 @@ impl Target {
         nexus
     }
 
+    /// The initiator behind a port has gone.
+    pub fn disconnected(&self, port: Port) {
+        self.disks.iter().for_each(|disk| disk.reservations().nexus_lost(port));
+    }
+
     /// An initiator starts anew. For it every disk was powered on; if it is the only one, the disks
     /// really are as after power on.
     pub fn power_on(&self, nexus: &Nexus) {

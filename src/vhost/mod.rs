@@ -106,6 +106,7 @@ impl Device {
         };
         connection.lock().unwrap_or_else(PoisonError::into_inner).stop_all(true);
         self.connections.all().retain(|(of, _)| *of != port);
+        self.target.disconnected(port);
         match end {
             Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage => {
                 log::info!("front end is gone");
