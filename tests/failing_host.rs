@@ -311,3 +311,59 @@ fn worked_on(
     daemon.kill();
     down.then_some(possible)
 }
+
+/// The power goes while atomic writes go on: afterwards the range holds one of them whole, and none that is older than
+/// the last one that was answered.
+#[test]
+fn an_atomic_write_is_whole_or_not_begun_after_a_power_cut() {
+    const LEN: u16 = 64;
+    let write = |lun: &Lun<'_>, stamp: u64| {
+        let cdb = Cdb::new(0x9c).be16(12, LEN);
+        lun.run_out(cdb, &blocks(0, LEN.into(), 512, stamp))
+    };
+    for kind in [Kind::Ext4, Kind::Xfs] {
+        let Some(mut mount) = Mount::new(kind, 320) else { continue };
+        let mut rng = Rng::new(kind as u64 + 7);
+        let (mut written, mut recovered) = (0, 0);
+        for round in 0..12 {
+            let disk = mount.path().join("disk.img");
+            std::fs::write(&disk, vec![0; MIB as usize]).unwrap();
+            std::fs::File::open(&disk).unwrap().sync_all().unwrap();
+            std::fs::File::open(mount.path()).unwrap().sync_all().unwrap();
+            let options = ["", "cache=direct"][round % 2];
+            let scratch = Scratch::new();
+            let mut daemon = Daemon::builder(&scratch).disk(&disk, options).spawn();
+            let fe = FrontEnd::connect(&daemon);
+            let lun = fe.ready_lun(0, 0);
+            let pause = Duration::from_micros(3_000 + rng.below(30_000));
+            let answered = std::thread::scope(|scope| {
+                let writing = scope.spawn(|| {
+                    let good = (1..).take_while(|stamp| write(&lun, *stamp).is_good());
+                    good.last().unwrap_or(0)
+                });
+                std::thread::sleep(pause);
+                mount.go_down().then(|| writing.join().unwrap())
+            });
+            let Some(answered) = answered else {
+                skipped(&format!("{kind:?} cannot be shut down here"));
+                return;
+            };
+            drop(fe);
+            daemon.kill();
+            mount.remount();
+            recovered += u64::from(mount.path().join("disk.img.thinlun-write").exists());
+            written += answered;
+            let daemon = Daemon::builder(&scratch).disk(&disk, options).spawn();
+            let fe = FrontEnd::connect(&daemon);
+            let found = fe.ready_lun(0, 0).read16(0, LEN.into());
+            let is = |stamp: u64| match stamp {
+                0 => found == vec![0; 512 * usize::from(LEN)],
+                _ => found == blocks(0, LEN.into(), 512, stamp),
+            };
+            assert!(is(answered) || is(answered + 1), "{kind:?} {options}: after {answered}");
+        }
+        println!(
+            "{kind:?}: {written} atomic writes, 12 cuts, {recovered} times one was made again"
+        );
+    }
+}

@@ -65,6 +65,7 @@ impl Journal {
         }
         let data = Buffers::copy_of(data).ok_or(ErrorKind::OutOfMemory)?;
         write(header.offset.get(), &data)?;
+        log::info!("a write that the host did not finish was made again ({} bytes)", data.len());
         self.beside.remove()
     }
 
