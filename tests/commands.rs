@@ -8,22 +8,7 @@ use thinlun::scsi::{Delivery, Port, Status};
 use thinlun::store::mem::MemStore;
 
 mod bench;
-use bench::{Answer, BLOCKS, Bench};
-
-/// A CDB that names the command and is zero otherwise.
-fn bare(command: &Command) -> Vec<u8> {
-    let mut cdb = vec![0; command.usage.len()];
-    cdb[0] = command.opcode();
-    match command.service_action {
-        ServiceAction::None => {}
-        ServiceAction::Byte1(action) => cdb[1] = action,
-        ServiceAction::Variable(action) => {
-            cdb[7] = command.usage.len() as u8 - 8;
-            cdb[8..10].copy_from_slice(&action.to_be_bytes());
-        }
-    }
-    cdb
-}
+use bench::{Answer, BLOCKS, Bench, bare};
 
 /// The service action as a number, and the byte of the CDB that holds its last bits.
 fn action_of(command: &Command) -> Option<(u16, usize)> {

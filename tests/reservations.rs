@@ -4,11 +4,11 @@
 
 use std::sync::Arc;
 
-use thinlun::scsi::cmd::{Command, ServiceAction, TABLE};
+use thinlun::scsi::cmd::TABLE;
 use thinlun::scsi::{Nexus, Port, Status};
 
 mod bench;
-use bench::{Answer, Bench};
+use bench::{Answer, Bench, bare};
 
 const CONFLICT: Status = Status::ReservationConflict;
 
@@ -93,20 +93,6 @@ impl Cluster {
     }
 }
 
-fn cdb_of(command: &Command) -> Vec<u8> {
-    let mut cdb = vec![0; command.usage.len()];
-    cdb[0] = command.opcode();
-    match command.service_action {
-        ServiceAction::None => {}
-        ServiceAction::Byte1(action) => cdb[1] = action,
-        ServiceAction::Variable(action) => {
-            cdb[7] = command.usage.len() as u8 - 8;
-            cdb[8..10].copy_from_slice(&action.to_be_bytes());
-        }
-    }
-    cdb
-}
-
 /// SPC-5 table 71 and SBC-4 table 13, written down again: what an initiator that is not let through may do under Write
 /// Exclusive types, under Exclusive Access types, and under a RESERVE.
 fn allowed(name: &str, cdb: &[u8]) -> (bool, bool, bool) {
@@ -140,9 +126,9 @@ fn is_itself(name: &str) -> bool {
 #[test]
 fn every_command_respects_every_reservation() {
     for command in TABLE.iter().filter(|command| !is_itself(command.name)) {
-        let mut cdbs = vec![cdb_of(command)];
+        let mut cdbs = vec![bare(command)];
         if matches!(command.name, "PREVENT ALLOW MEDIUM REMOVAL" | "START STOP UNIT") {
-            let mut other = cdb_of(command);
+            let mut other = bare(command);
             other[4] = 1;
             cdbs.push(other);
         }

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use thinlun::scsi::cmd::{Command, ServiceAction};
 use thinlun::scsi::{
     Addressed, Cdb, Delivery, Lun, LunNumber, LunSettings, Nexus, Outcome, Plan, Port, Request,
     Status, Target, execute,
@@ -125,4 +126,19 @@ impl Answer {
         assert_eq!(sense[15], 0xc8 | bit, "SKSV, C/D, BPV and the bit");
         assert_eq!(u16::from_be_bytes([sense[16], sense[17]]), byte);
     }
+}
+
+/// A CDB that names the command and is zero otherwise.
+pub fn bare(command: &Command) -> Vec<u8> {
+    let mut cdb = vec![0; command.usage.len()];
+    cdb[0] = command.opcode();
+    match command.service_action {
+        ServiceAction::None => {}
+        ServiceAction::Byte1(action) => cdb[1] = action,
+        ServiceAction::Variable(action) => {
+            cdb[7] = command.usage.len() as u8 - 8;
+            cdb[8..10].copy_from_slice(&action.to_be_bytes());
+        }
+    }
+    cdb
 }
