@@ -208,7 +208,7 @@ impl Connected {
 
     /// Ends the connection; when this returns nothing is in flight.
     fn end(self) {
-        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        let _ = self.stream.shutdown(std::net::Shutdown::Read);
         if self.thread.join().is_err() {
             log::error!("connection thread failed");
         }

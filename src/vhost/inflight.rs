@@ -109,13 +109,13 @@ pub(super) struct Inflight {
 }
 
 impl Inflight {
-    /// What was left in flight, oldest first. `used` is the used ring's index.
-    pub(super) fn recover(&mut self, used: u16) -> Vec<u16> {
+    /// What was left in flight, oldest first; `None` if nobody has served the queue before. `used` is the used ring's index.
+    pub(super) fn recover(&mut self, used: u16) -> Option<Vec<u16>> {
         if self.header(header::VERSION) != Some(VERSION)
             || self.header(header::DESC_NUM) != Some(self.size)
         {
             self.begin(used);
-            return Vec::new();
+            return None;
         }
         self.end_last_batch(used);
         let mut left: Vec<(u64, u16)> = (0..self.size)
@@ -124,7 +124,7 @@ impl Inflight {
             .collect();
         left.sort_unstable();
         self.counter = left.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
-        left.into_iter().map(|(_, head)| head).collect()
+        Some(left.into_iter().map(|(_, head)| head).collect())
     }
 
     /// Fresh memory.
@@ -231,19 +231,19 @@ mod tests {
     fn what_was_not_answered_is_left_in_its_order() {
         let region = region();
         let mut queue = region.queue(1, 8).unwrap();
-        assert_eq!(queue.recover(0), [0u16; 0]);
+        assert_eq!(queue.recover(0), None);
         [5, 2, 7, 1].into_iter().for_each(|head| queue.take(head));
         queue.give(2);
         queue.give(1);
         queue.shown(2);
         drop(queue);
         let mut next = region.queue(1, 8).unwrap();
-        assert_eq!(next.recover(2), [5, 7]);
+        assert_eq!(next.recover(2), Some(vec![5, 7]));
         next.take(5);
         next.take(7);
         next.take(0);
-        assert_eq!(region.queue(1, 8).unwrap().recover(2), [5, 7, 0]);
-        assert_eq!(region.queue(0, 8).unwrap().recover(0), [0u16; 0], "another queue");
+        assert_eq!(region.queue(1, 8).unwrap().recover(2), Some(vec![5, 7, 0]));
+        assert_eq!(region.queue(0, 8).unwrap().recover(0), None, "another queue");
     }
 
     #[test]
@@ -258,18 +258,18 @@ mod tests {
         let region = region();
         let mut queue = region.queue(0, 8).unwrap();
         taken(&mut queue);
-        assert_eq!(region.queue(0, 8).unwrap().recover(65534), [0, 1, 2, 3]);
+        assert_eq!(region.queue(0, 8).unwrap().recover(65534), Some(vec![0, 1, 2, 3]));
         // After it, before that was noted: both were, over the end of the index's numbers.
         let region = super::tests::region();
         let mut queue = region.queue(0, 8).unwrap();
         taken(&mut queue);
-        assert_eq!(region.queue(0, 8).unwrap().recover(0), [1, 2]);
+        assert_eq!(region.queue(0, 8).unwrap().recover(0), Some(vec![1, 2]));
         // Halfway through the note.
         let region = super::tests::region();
         let mut queue = region.queue(0, 8).unwrap();
         taken(&mut queue);
         queue.set_in_flight(3, false);
-        assert_eq!(region.queue(0, 8).unwrap().recover(0), [1, 2]);
+        assert_eq!(region.queue(0, 8).unwrap().recover(0), Some(vec![1, 2]));
     }
 
     #[test]
@@ -282,7 +282,7 @@ mod tests {
         }
         queue.set_header(header::VERSION, VERSION);
         queue.set_header(header::DESC_NUM, 8);
-        assert_eq!(region.queue(2, 8).unwrap().recover(7), [0u16; 0]);
+        assert_eq!(region.queue(2, 8).unwrap().recover(7), Some(vec![]));
         queue.take(9);
         queue.take(65535);
         queue.give(65535);

@@ -93,25 +93,30 @@ impl Device {
         Device { target, offer, connections }
     }
 
-    /// Serves one connection by a port, which has no other, until the front end goes away or [`UnixStream::shutdown`] is called on a
+    /// Serves one connection by a port, which has no other, until the front end goes away or [`UnixStream::shutdown`] is called for reading on a
     /// clone of `stream`. When it returns, nothing is in flight and the guest's memory is unmapped.
     pub fn serve(self: &Arc<Self>, port: Port, stream: UnixStream) {
         let connection = Connection::new(Arc::clone(self), port);
         self.connections.all().push((port, connection.peers()));
         let connection = Arc::new(Mutex::new(connection));
         let queues = FIXED_QUEUES + self.offer.request_queues;
-        let end = match stream.try_clone() {
-            Ok(copy) => handle_messages(queues, &copy, stream, &connection),
-            Err(error) => refused(error),
+        let (end, copy) = match stream.try_clone() {
+            Ok(copy) => (handle_messages(queues, &copy, stream, &connection), Some(copy)),
+            Err(error) => (refused(error), None),
         };
+        let gone =
+            matches!(end, Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage);
+        if !gone {
+            close(copy.as_ref());
+        }
         connection.lock().unwrap_or_else(PoisonError::into_inner).stop_all(true);
+        // Only now: a front end that sees its connection break takes what is answered by then for all there is.
+        close(copy.as_ref());
         self.connections.all().retain(|(of, _)| *of != port);
         self.target.disconnected(port);
-        match end {
-            Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage => {
-                log::info!("front end is gone");
-            }
-            error => log::warn!("connection ended: {error}"),
+        match gone {
+            true => log::info!("port {}: front end is gone", port.0),
+            false => log::warn!("port {}: connection ended: {end}", port.0),
         }
     }
 
@@ -138,6 +143,10 @@ impl Device {
     }
 }
 
+fn close(stream: Option<&UnixStream>) {
+    stream.map(|stream| stream.shutdown(Shutdown::Both));
+}
+
 /// Handles one message after another until there is an end to it.
 fn handle_messages(
     queues: usize,
@@ -146,7 +155,7 @@ fn handle_messages(
     connection: &Arc<Mutex<Connection>>,
 ) -> Error {
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(connection));
-    let end = loop {
+    loop {
         match early::answer_queue_num(peek, queues) {
             Ok(true) => {}
             Ok(false) => {
@@ -156,9 +165,7 @@ fn handle_messages(
             }
             Err(error) => break Error::SocketBroken(error),
         }
-    };
-    let _ = peek.shutdown(Shutdown::Both);
-    end
+    }
 }
 
 /// Most request queues that can be asked for; the message that names a ring has one byte for it.

@@ -63,19 +63,17 @@ impl Ring {
         let parts = SplitRing::find(memory, &layout)?;
         // SET_VRING_BASE does not tell the used index: it stands in the ring.
         let used = parts.used_index();
-        let mut left: VecDeque<u16> =
-            inflight.as_mut().map(|inflight| inflight.recover(used)).unwrap_or_default().into();
+        let recovered = inflight.as_mut().and_then(|inflight| inflight.recover(used));
+        let was_served = recovered.is_some();
+        let mut left: VecDeque<u16> = recovered.unwrap_or_default().into();
         left.retain(|head| *head < parts.size());
-        let next_avail = match u16::try_from(left.len()) {
-            Ok(count @ 1..) => {
-                log::info!(
-                    "queue {index}: {count} requests were left in flight and are done again"
-                );
-                // Everything that was made available is answered or in flight.
-                used.wrapping_add(count)
-            }
-            _ => next_avail,
-        };
+        let count = u16::try_from(left.len()).unwrap_or(0);
+        if count > 0 {
+            log::info!("queue {index}: {count} requests were left in flight and are done again");
+        }
+        // Everything that was taken is answered or in flight. SET_VRING_BASE may say less: a front end makes it up when
+        // its connection breaks, and the process that served the ring may have answered more after that.
+        let next_avail = if was_served { used.wrapping_add(count) } else { next_avail };
         Some(Ring {
             parts,
             layout,

@@ -179,6 +179,7 @@ impl FrontEndBuilder {
             offered_protocol: 0,
             masked: EventFd::new(EFD_NONBLOCK).expect("eventfd"),
             inflight: None,
+            reconnected: false,
             next_tag: AtomicU64::new(1),
             diagnosis,
             config: self,
@@ -207,6 +208,8 @@ pub struct FrontEnd {
     next_tag: AtomicU64,
     /// What the first daemon gave us to keep, and how it describes it.
     inflight: Option<(Vec<u8>, File)>,
+    /// To another daemon than the first.
+    reconnected: bool,
     diagnosis: Diagnosis,
     config: FrontEndBuilder,
 }
@@ -249,6 +252,7 @@ impl FrontEnd {
             queue.set_diagnosis(self.diagnosis.clone());
         }
         self.negotiate();
+        self.reconnected = true;
         self.start_like_qemu();
         self.barrier();
     }
@@ -312,8 +316,10 @@ impl FrontEnd {
         self.set_features();
         self.announce_memory();
         for index in self.started() {
-            // After a daemon's death this is all that QEMU knows.
-            let base = self.queue(index).ring().used_idx();
+            // After a daemon's death this is all that QEMU knows; and it looks when it sees the connection break, which
+            // may be before the last answers came.
+            let missed = if self.reconnected { 3 } else { 0 };
+            let base = self.queue(index).ring().used_idx().wrapping_sub(missed);
             self.start_queue_without_call(index, base);
         }
         for index in 0..self.queues.len() {
