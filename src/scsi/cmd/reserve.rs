@@ -108,7 +108,7 @@ pub(super) fn report_capabilities(context: Context<'_>) -> Result<Reply, ScsiErr
     let state = state(&context)?;
     let ptpl = if context.lun.store().notes().survive() { PTPL_C } else { 0 };
     let active = if state.survives { PTPL_A } else { 0 };
-    // The mask of types has a bit for each code, but begins in the second byte's place: 1 and up, then 8.
+    // A bit for each type's code: 1 to 7 in the first byte of the mask, 8 in the second.
     let mask = Type::ALL.iter().fold(0u16, |mask, kind| mask | 1 << (*kind as u8));
     let [high, low] = mask.to_be_bytes();
     let bytes = vec![0, 8, CRH | ptpl, TMV | active, low, high, 0, 0];
