@@ -69,6 +69,20 @@ fn a_host_without_resources_is_busy() {
     }
 }
 
+/// A guest that asks for self-tests faster than the host makes them piles nothing up.
+#[test]
+fn there_is_one_self_test_in_the_background_at_a_time() {
+    let daemon = failing("read:delay-ms-200");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let test = || lun.run(Cdb::new(0x1d).byte(1, 0x20));
+    test().expect_good();
+    for _ in 0..20 {
+        test().expect_sense((key::NOT_READY, 0x04, 0x09));
+    }
+    eventually("it has ended", || test().is_good());
+}
+
 /// What a flush could not make safe is not called safe, whichever way the flush was asked for.
 #[test]
 fn a_failed_flush_is_told() {

@@ -3,13 +3,15 @@
 //!
 //! `UPDATE_CORPORA=1` writes the seeds anew.
 
+mod bench;
 #[path = "../fuzz/drivers/mod.rs"]
 mod drivers;
 
 use std::fs;
 use std::path::PathBuf;
 
-use thinlun::scsi::cmd::{Command, Data, ServiceAction, TABLE};
+use bench::bare;
+use thinlun::scsi::cmd::{Command, Data, TABLE};
 
 fn corpus(target: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
@@ -36,16 +38,7 @@ fn replay(target: &str, run: fn(&[u8]), seeds: &[(String, Vec<u8>)]) {
 
 /// A CDB that a driver might send: the first block, a block or as many bytes as there is room for.
 fn plausible(command: &Command) -> Vec<u8> {
-    let mut cdb = vec![0; command.usage.len()];
-    cdb[0] = command.opcode();
-    match command.service_action {
-        ServiceAction::None => {}
-        ServiceAction::Byte1(action) => cdb[1] = action,
-        ServiceAction::Variable(action) => {
-            cdb[7] = command.usage.len() as u8 - 8;
-            cdb[8..10].copy_from_slice(&action.to_be_bytes());
-        }
-    }
+    let mut cdb = bare(command);
     // The last whole byte that is looked at ends a length or a count.
     let blocks = command.name.starts_with("READ(") || command.name.contains("WRITE");
     let last = (2..cdb.len()).rev().find(|at| command.usage[*at] == 0xff);

@@ -204,6 +204,12 @@ fn logs_count_what_was_done() {
     assert_eq!((counter(&log(2), 5), counter(&log(3), 5)), (0, 1024));
     bench.run(&[0x4c, 2, 0, 0, 0, 0, 0, 0, 0, 0], &[], 0).expect_good();
     assert_eq!(counter(&log(3), 5), 0);
+    // So do commands of several steps.
+    let zeroes_then_ones = [[0; 512], [1; 512]].concat();
+    let compare_and_write = [0x89, 0, 0, 0, 0, 0, 0, 0, 0, 99, 0, 0, 0, 1, 0, 0];
+    bench.run(&compare_and_write, &zeroes_then_ones, 0).expect_good();
+    bench.run(&compare_and_write, &zeroes_then_ones, 0).expect_sense(0xe, 0x1d00);
+    assert_eq!(counter(&log(2), 5), 512, "what was not written does not count");
     // START STOP UNIT counts.
     bench.run(&[0x1b, 0, 0, 0, 0, 0], &[], 0).expect_good();
     bench.run(&[0x1b, 0, 0, 0, 1, 0], &[], 0).expect_good();

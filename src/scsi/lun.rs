@@ -13,7 +13,7 @@ use super::mode_pages::Pages;
 use super::provisioning::SpaceWatch;
 use super::reservations::Reservations;
 use super::sense::{Key, ScsiError, Sense, asc};
-use super::statistics::Statistics;
+use super::statistics::{Activity, Statistics};
 use crate::store::{Capabilities, Durability, Exclusion, Store, StoreError};
 
 /// Most bytes that one command may transfer or verify (VPD B0 MAXIMUM TRANSFER LENGTH).
@@ -168,6 +168,17 @@ impl Lun {
     /// What it has counted.
     pub fn statistics(&self) -> &Statistics {
         &self.statistics
+    }
+
+    /// Counts a command that was done in steps: what it processed, or that the medium failed it.
+    pub fn account<T>(&self, activity: Activity, bytes: usize, result: &Result<T, ScsiError>) {
+        match result {
+            Ok(_) => self.statistics.count(activity, bytes),
+            Err(ScsiError::Check(sense)) if sense.key == Key::MediumError => {
+                self.statistics.count_error(activity);
+            }
+            Err(_) => {}
+        }
     }
 
     /// What WRITE BUFFER has left.

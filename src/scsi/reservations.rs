@@ -197,8 +197,8 @@ impl State {
     }
 
     fn admits(&self, port: Port, held: Held) -> bool {
-        held.by == port && self.keys.contains_key(&port)
-            || held.kind.admits_registrants() && self.keys.contains_key(&port)
+        let is_for = held.by == port || held.kind.admits_registrants();
+        is_for && self.keys.contains_key(&port)
     }
 
     fn check_key(&self, port: Port, key: Key) -> Result<(), ScsiError> {

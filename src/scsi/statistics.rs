@@ -2,7 +2,7 @@
 //! that queues do not write to what others read for each request.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::store::exclusion::{PLACES, own_place};
@@ -81,6 +81,8 @@ pub const CLIENT_BYTES: usize = 252;
 pub struct Statistics {
     places: [Place; PLACES],
     self_tests: Mutex<VecDeque<SelfTest>>,
+    /// One runs in the background.
+    tests: AtomicBool,
     stops: AtomicU64,
     client: Mutex<BTreeMap<u16, Vec<u8>>>,
     since: std::time::Instant,
@@ -96,6 +98,7 @@ impl Statistics {
         Statistics {
             places: Default::default(),
             self_tests: Mutex::default(),
+            tests: AtomicBool::new(false),
             stops: AtomicU64::new(0),
             client: Mutex::default(),
             since: std::time::Instant::now(),
@@ -149,6 +152,16 @@ impl Statistics {
     /// Minutes since the disk was powered on.
     pub fn minutes(&self) -> u64 {
         self.since.elapsed().as_secs() / 60
+    }
+
+    /// Whether a self-test may begin in the background: there is but one at a time. It has to be ended.
+    pub fn begin_self_test(&self) -> bool {
+        !self.tests.swap(true, Ordering::AcqRel)
+    }
+
+    /// The self-test in the background has ended.
+    pub fn end_self_test(&self) {
+        self.tests.store(false, Ordering::Release);
     }
 
     /// Notes how a self-test has ended.

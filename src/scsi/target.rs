@@ -140,11 +140,11 @@ impl Target {
         }
     }
 
-    /// Tells the initiators behind some ports about a condition of one disk.
-    pub fn tell(&self, disk: &Lun, attention: UnitAttention, ports: &[Port]) {
+    /// Tells the initiator behind a port about a condition of one disk.
+    pub fn tell(&self, disk: &Lun, attention: UnitAttention, port: Port) {
         let all = self.nexuses.lock().unwrap_or_else(PoisonError::into_inner);
         for nexus in all.iter().filter_map(Weak::upgrade) {
-            if ports.contains(&nexus.port()) {
+            if nexus.port() == port {
                 nexus.attentions(disk.index()).raise(attention);
             }
         }

@@ -411,7 +411,7 @@ impl Store for FileStore {
         if self.direct && from.is_aligned(self.memory_align) {
             // Where the device can do it, and the range is one that it does. Otherwise nothing was written.
             if sys::write_torn_free(&self.file, offset, from).is_ok() {
-                return self.flush();
+                return Ok(());
             }
         }
         let Some(journal) = &self.journal else {

@@ -93,8 +93,8 @@ impl Device {
         Device { target, offer, connections }
     }
 
-    /// Serves one connection by a port, which has no other, until the front end goes away or [`UnixStream::shutdown`] is called for reading on a
-    /// clone of `stream`. When it returns, nothing is in flight and the guest's memory is unmapped.
+    /// Serves one connection by a port, which has no other, until the front end goes away or
+    /// [`UnixStream::shutdown`] is called for reading on a clone of `stream`. When it returns, nothing is in flight and the guest's memory is unmapped.
     pub fn serve(self: &Arc<Self>, port: Port, stream: UnixStream) {
         let connection = Connection::new(Arc::clone(self), port);
         self.connections.all().push((port, connection.peers()));

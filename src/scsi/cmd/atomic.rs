@@ -9,6 +9,7 @@ use super::verify::first_difference;
 use super::{Context, Reply};
 use crate::scsi::lun::{BlockRange, Lun};
 use crate::scsi::sense::{ScsiError, asc};
+use crate::scsi::statistics::Activity;
 use crate::scsi::wire::{U16, U64};
 use crate::store::engine::Cancel;
 use crate::store::{Buffers, Durability, Store, StoreError};
@@ -73,10 +74,9 @@ fn job(
         let done = lun.exclusion().alone(bytes, cancel, |store| {
             work(&Alone { lun: &lun, store, cancel }).map_err(Failure::from)
         });
-        match done {
-            Ok(()) => Ok(used),
-            Err(Failure(error)) => Err(error),
-        }
+        let done = done.map_err(|Failure(error)| error);
+        lun.account(Activity::Write, range.bytes, &done);
+        done.map(|()| used)
     }))
 }
 

@@ -53,8 +53,15 @@ fn self_test(lun: &Arc<Lun>, code: u8) -> Result<Reply, ScsiError> {
     let on = Arc::clone(lun);
     match code {
         0b001 | 0b010 => {
+            // One at a time: what runs behind commands that have ended is bounded by nothing else.
+            if !lun.statistics().begin_self_test() {
+                let busy = Sense::new(Key::NotReady, asc::NOT_READY_SELF_TEST_IN_PROGRESS);
+                return Err(ScsiError::Check(busy));
+            }
             lun.store().pool().run(Box::new(move || {
+                // What came of it is told by log page 10h.
                 let _ = run_test(&on, code);
+                on.statistics().end_self_test();
             }));
             Ok(Reply::Good)
         }

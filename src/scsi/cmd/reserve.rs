@@ -336,7 +336,7 @@ fn job(context: &Context<'_>, change: Change, abort: bool) -> Result<Reply, Scsi
 /// Tells who has to know, and has the commands of those who were preempted end.
 fn follow(target: &Target, lun: &Lun, effects: &Effects, abort: bool) -> Option<Receiver<()>> {
     for (port, attention) in &effects.tell {
-        target.tell(lun, *attention, &[*port]);
+        target.tell(lun, *attention, *port);
     }
     let any = abort && !effects.preempted.is_empty();
     any.then(|| target.abort_tasks(&effects.preempted, lun)).flatten()

@@ -8,6 +8,7 @@ use super::{Context, JobFn, Reply};
 use crate::scsi::fill::Fill;
 use crate::scsi::lun::{BlockRange, DetectZeroes, Lun};
 use crate::scsi::sense::ScsiError;
+use crate::scsi::statistics::Activity;
 use crate::scsi::wire::{Cdb, U16, U32, U64};
 use crate::store::{Buffers, Durability, Operation};
 
@@ -179,14 +180,15 @@ fn write_unless_zero(
         if cancel.is_requested() {
             return Err(ScsiError::Aborted);
         }
-        if from.is_zero() {
-            fill.run(&lun, range.offset..range.offset + range.bytes as u64, |_| Ok(()))?;
-            lun.settle(durability)?;
+        let done = if from.is_zero() {
+            fill.run(&lun, range.offset..range.offset + range.bytes as u64, |_| Ok(()))
+                .and_then(|()| lun.settle(durability))
         } else {
             let written = lun.store().write(range.offset, &from, durability);
-            written.map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?;
-        }
-        Ok(range.bytes)
+            written.map_err(|e| ScsiError::from_store(e, true, lun.block_size()))
+        };
+        lun.account(Activity::Write, range.bytes, &done);
+        done.map(|()| range.bytes)
     })
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::rw::{BlockCdb, range_of};
 use super::{Context, Reply};
 use crate::scsi::lun::{BlockRange, Lun};
-use crate::scsi::sense::{Key, ScsiError};
+use crate::scsi::sense::ScsiError;
 use crate::scsi::statistics::Activity;
 use crate::store::engine::Cancel;
 use crate::store::{Buffers, Durability};
@@ -64,19 +64,9 @@ pub(super) fn verify(context: Context<'_>) -> Result<Reply, ScsiError> {
     let lun = Arc::clone(context.lun);
     Ok(Reply::Job(Box::new(move |cancel| {
         let compared = compare(&lun, &range, &against, &expected, cancel);
-        count(&lun, &range, &compared);
+        lun.account(Activity::Verify, range.bytes, &compared);
         compared.map(|()| needed)
     })))
-}
-
-fn count(lun: &Lun, range: &BlockRange, compared: &Result<(), ScsiError>) {
-    match compared {
-        Ok(()) => lun.statistics().count(Activity::Verify, range.bytes),
-        Err(ScsiError::Check(sense)) if sense.key == Key::MediumError => {
-            lun.statistics().count_error(Activity::Verify);
-        }
-        Err(_) => {}
-    }
 }
 
 /// WRITE AND VERIFY: the data reaches the medium and is read back from there. BYTCHK 11b is reserved
@@ -92,10 +82,11 @@ pub(super) fn write_and_verify(context: Context<'_>) -> Result<Reply, ScsiError>
     Ok(Reply::Job(Box::new(move |cancel| {
         stop_if(cancel)?;
         let written = lun.store().write(range.offset, &data, Durability::Stable);
-        written.map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?;
-        lun.statistics().count(Activity::Write, range.bytes);
+        let written = written.map_err(|e| ScsiError::from_store(e, true, lun.block_size()));
+        lun.account(Activity::Write, range.bytes, &written);
+        written?;
         let compared = compare(&lun, &range, &against, &data, cancel);
-        count(&lun, &range, &compared);
+        lun.account(Activity::Verify, range.bytes, &compared);
         compared.map(|()| range.bytes)
     })))
 }

@@ -124,8 +124,7 @@ impl<J: Send + 'static> UringEngine<J> {
         store: &Arc<dyn Store>,
         operation: Operation,
     ) -> Result<usize, Operation> {
-        let full = self.flying >= DEPTH as usize;
-        if full {
+        if self.flying >= DEPTH as usize {
             return Err(operation);
         }
         let Some((file, hold)) = store.ring_file(&operation) else {
