@@ -80,11 +80,6 @@ fn job(
     }))
 }
 
-fn data_out(context: &mut Context<'_>, needed: usize) -> Result<Buffers, ScsiError> {
-    let data = &context.request.data_out;
-    if data.len() < needed { Err(ScsiError::Overrun) } else { Ok(data.slice(0, needed)) }
-}
-
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct CompareAndWrite {
@@ -100,11 +95,11 @@ struct CompareAndWrite {
 const FUA: u8 = 0x08;
 
 /// COMPARE AND WRITE: the first half of data-out is what must be there for the second half to be written.
-pub(super) fn compare_and_write(mut context: Context<'_>) -> Result<Reply, ScsiError> {
+pub(super) fn compare_and_write(context: Context<'_>) -> Result<Reply, ScsiError> {
     let cdb: &CompareAndWrite = context.request.cdb.view()?;
     let (fua, blocks) = (cdb.flags & FUA != 0, cdb.blocks);
     let range = context.lun.range(cdb.lba.get(), blocks.into())?;
-    let data = data_out(&mut context, 2 * range.bytes)?;
+    let data = context.data_out(2 * range.bytes)?;
     if range.bytes == 0 {
         return Ok(Reply::Good);
     }
@@ -121,9 +116,9 @@ pub(super) fn compare_and_write(mut context: Context<'_>) -> Result<Reply, ScsiE
 }
 
 /// ORWRITE(16): bits are set, none is cleared.
-pub(super) fn or_write(mut context: Context<'_>) -> Result<Reply, ScsiError> {
+pub(super) fn or_write(context: Context<'_>) -> Result<Reply, ScsiError> {
     let (cdb, range) = range_of(&context)?;
-    let data = data_out(&mut context, range.bytes)?;
+    let data = context.data_out(range.bytes)?;
     if range.bytes == 0 {
         return Ok(Reply::Good);
     }
@@ -162,7 +157,7 @@ pub(super) fn max_atomic_blocks(lun: &Lun) -> u32 {
 
 /// WRITE ATOMIC(16): all of it or nothing, for whoever looks meanwhile and after a crash of the host. It reaches the
 /// medium whatever FUA says. There is one atomic operation to a command: the boundary must be zero.
-pub(super) fn write_atomic(mut context: Context<'_>) -> Result<Reply, ScsiError> {
+pub(super) fn write_atomic(context: Context<'_>) -> Result<Reply, ScsiError> {
     let cdb: &WriteAtomic = context.request.cdb.view()?;
     let (lba, blocks) = (cdb.lba.get(), cdb.blocks.get());
     if cdb.boundary.get() != 0 {
@@ -172,7 +167,7 @@ pub(super) fn write_atomic(mut context: Context<'_>) -> Result<Reply, ScsiError>
     if u32::from(blocks) > max_atomic_blocks(context.lun) {
         return Err(ScsiError::illegal(asc::INVALID_FIELD_IN_CDB));
     }
-    let data = data_out(&mut context, range.bytes)?;
+    let data = context.data_out(range.bytes)?;
     if range.bytes == 0 {
         return Ok(Reply::Good);
     }

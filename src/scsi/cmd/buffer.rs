@@ -131,10 +131,7 @@ pub(super) fn write_buffer(context: Context<'_>) -> Result<Reply, ScsiError> {
         return Err(ScsiError::cdb_field(6, 7));
     }
     let len = part.len as usize;
-    if context.request.data_out.len() < len {
-        return Err(ScsiError::Overrun);
-    }
-    let bytes = context.request.data_out.to_vec(len);
+    let bytes = context.data_out(len)?.to_vec(len);
     let mut scratch = context.lun.scratch();
     if mode == Mode::Echo {
         scratch.echo = Some(bytes);

@@ -37,10 +37,7 @@ pub(super) fn send_diagnostic(context: Context<'_>) -> Result<Reply, ScsiError> 
     if flags & PF == 0 {
         return Err(ScsiError::cdb_field(1, 4));
     }
-    if context.request.data_out.len() < len {
-        return Err(ScsiError::Overrun);
-    }
-    match context.request.data_out.to_vec(len.min(8)).as_slice() {
+    match context.data_out(len)?.to_vec(len.min(8)).as_slice() {
         [0x00, _, 0, 0] => Ok(Reply::Consumed(len)),
         [_, _, _, _, ..] => Err(ScsiError::parameter_field(0, None)),
         _ => Err(ScsiError::PARAMETER_LIST_LENGTH),

@@ -17,14 +17,6 @@ fn length(cdb: &Cdb) -> usize {
     wire::allocation(u32::from_be_bytes([cdb.byte(6), cdb.byte(7), cdb.byte(8), cdb.byte(9)]))
 }
 
-/// The parameter list.
-fn list(context: &Context<'_>, len: usize) -> Result<Vec<u8>, ScsiError> {
-    match context.request.data_out.len() < len {
-        true => Err(ScsiError::Overrun),
-        false => Ok(context.request.data_out.to_vec(len)),
-    }
-}
-
 /// A kind of identifying information: INFORMATION TYPE, what it is noted as, and its most bytes.
 struct Kind(u8, &'static str, usize);
 
@@ -65,7 +57,7 @@ pub(super) fn set_information(context: Context<'_>) -> Result<Reply, ScsiError> 
     if len > *most {
         return Err(ScsiError::cdb_field(6, 7));
     }
-    let information = list(&context, len)?;
+    let information = context.data_out(len)?.to_vec(len);
     // Text is UTF-8 that ends with a null (SPC-5 6.43).
     let is_text = || match information.split_last() {
         Some((0, text)) => std::str::from_utf8(text).is_ok(),
@@ -135,7 +127,7 @@ pub(super) fn set_timestamp(context: Context<'_>) -> Result<Reply, ScsiError> {
     if len != size_of::<Timestamp>() {
         return Err(ScsiError::PARAMETER_LIST_LENGTH);
     }
-    let list = list(&context, len)?;
+    let list = context.data_out(len)?.to_vec(len);
     let time = list.iter().skip(4).take(6).fold(0, |time, byte| time << 8 | u64::from(*byte));
     *context.lun.clock() = Clock { ahead: Some(time.wrapping_sub(host_time()) & TIME_MASK) };
     let nexus = Some(context.nexus.as_ref());

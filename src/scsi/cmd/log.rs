@@ -243,10 +243,7 @@ pub(super) fn log_select(context: Context<'_>) -> Result<Reply, ScsiError> {
         }
         reset(context.lun, wanted);
     } else {
-        if context.request.data_out.len() < len {
-            return Err(ScsiError::Overrun);
-        }
-        for (code, bytes) in client_parameters(&context.request.data_out.to_vec(len))? {
+        for (code, bytes) in client_parameters(&context.data_out(len)?.to_vec(len))? {
             context.lun.statistics().set_client_parameter(code, bytes);
         }
     }

@@ -37,8 +37,8 @@ use super::sense::{ScsiError, asc};
 use super::target::Target;
 use super::wire::Cdb;
 use super::{Request, wire};
-use crate::store::Operation;
 use crate::store::engine::Cancel;
+use crate::store::{Buffers, Operation};
 
 /// What a command does with the medium, and so what has to be checked before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +118,17 @@ pub struct Context<'a> {
     pub lun: &'a Arc<Lun>,
     /// The command itself; handlers take its buffers.
     pub request: &'a mut Request,
+}
+
+impl Context<'_> {
+    /// The first `len` bytes from the initiator.
+    ///
+    /// # Errors
+    /// OVERRUN if it gave fewer than the CDB says.
+    fn data_out(&self, len: usize) -> Result<Buffers, ScsiError> {
+        let data = &self.request.data_out;
+        if data.len() < len { Err(ScsiError::Overrun) } else { Ok(data.slice(0, len)) }
+    }
 }
 
 /// Blocking work that ends with the number of bytes transferred. It looks at the cancel flag before

@@ -136,10 +136,7 @@ pub(super) fn mode_select(context: Context<'_>) -> Result<Reply, ScsiError> {
     if len > 0 && cdb.byte(1) & 0x10 == 0 {
         return Err(ScsiError::cdb_field(1, 4));
     }
-    if context.request.data_out.len() < len {
-        return Err(ScsiError::Overrun);
-    }
-    let list = context.request.data_out.to_vec(len.min(MAX_PARAMETER_LIST));
+    let list = context.data_out(len)?.to_vec(len.min(MAX_PARAMETER_LIST));
     if list.len() < len {
         return Err(ScsiError::PARAMETER_LIST_LENGTH);
     }

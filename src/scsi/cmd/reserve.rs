@@ -197,10 +197,7 @@ fn list<T: FromBytes + KnownLayout + Immutable + Unaligned>(
     if len != size_of::<T>() {
         return Err(ScsiError::PARAMETER_LIST_LENGTH);
     }
-    if context.request.data_out.len() < len {
-        return Err(ScsiError::Overrun);
-    }
-    T::read_from_bytes(&context.request.data_out.to_vec(len)).map_err(|_| ScsiError::Overrun)
+    T::read_from_bytes(&context.data_out(len)?.to_vec(len)).map_err(|_| ScsiError::Overrun)
 }
 
 /// The list of all service actions but one; the flags are for registering, and ignored otherwise.

@@ -46,10 +46,7 @@ pub(super) fn overwrite(context: Context<'_>) -> Result<Reply, ScsiError> {
     if !(HEADER + 1..=HEADER + block).contains(&len) {
         return Err(ScsiError::cdb_field(7, 7));
     }
-    if context.request.data_out.len() < len {
-        return Err(ScsiError::Overrun);
-    }
-    let list = context.request.data_out.to_vec(len);
+    let list = context.data_out(len)?.to_vec(len);
     let [flags, reserved, high, low, pattern @ ..] = list.as_slice() else {
         return Err(ScsiError::PARAMETER_LIST_LENGTH);
     };

@@ -41,10 +41,7 @@ pub(super) fn unmap(context: Context<'_>) -> Result<Reply, ScsiError> {
     if len == 0 {
         return Ok(Reply::Good);
     }
-    if context.request.data_out.len() < len {
-        return Err(ScsiError::Overrun);
-    }
-    let ranges = parse(context.lun, &context.request.data_out.to_vec(len))?;
+    let ranges = parse(context.lun, &context.data_out(len)?.to_vec(len))?;
     let fill = if anchor { Fill::Anchored } else { Fill::Deallocated };
     Ok(Reply::Job(job(context.lun, ranges, fill, len)))
 }

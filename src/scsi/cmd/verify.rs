@@ -57,7 +57,7 @@ pub(super) fn verify(context: Context<'_>) -> Result<Reply, ScsiError> {
     let (cdb, range) = range_of(&context)?;
     let against = Against::parse(cdb)?;
     let needed = against.data_out(&range, context.lun.block_size());
-    let expected = data_out(&context, needed)?;
+    let expected = context.data_out(needed)?;
     if range.bytes == 0 {
         return Ok(Reply::Good);
     }
@@ -74,7 +74,7 @@ pub(super) fn verify(context: Context<'_>) -> Result<Reply, ScsiError> {
 pub(super) fn write_and_verify(context: Context<'_>) -> Result<Reply, ScsiError> {
     let (cdb, range) = range_of(&context)?;
     let against = Against::parse(cdb)?;
-    let data = data_out(&context, range.bytes)?;
+    let data = context.data_out(range.bytes)?;
     if range.bytes == 0 {
         return Ok(Reply::Good);
     }
@@ -89,11 +89,6 @@ pub(super) fn write_and_verify(context: Context<'_>) -> Result<Reply, ScsiError>
         lun.account(Activity::Verify, range.bytes, &compared);
         compared.map(|()| range.bytes)
     })))
-}
-
-fn data_out(context: &Context<'_>, needed: usize) -> Result<Buffers, ScsiError> {
-    let data = &context.request.data_out;
-    if data.len() < needed { Err(ScsiError::Overrun) } else { Ok(data.slice(0, needed)) }
 }
 
 /// Reads the range from the medium and compares it; the first difference is a MISCOMPARE.

@@ -48,10 +48,7 @@ pub(super) fn write_same(context: Context<'_>) -> Result<Reply, ScsiError> {
     command.check_flags()?;
     let range = command.range(lun)?;
     let needed = if command.has(NDOB) { 0 } else { lun.block_size() as usize };
-    if context.request.data_out.len() < needed {
-        return Err(ScsiError::Overrun);
-    }
-    let block = context.request.data_out.to_vec(needed);
+    let block = context.data_out(needed)?.to_vec(needed);
     let fill = match (block.iter().all(|byte| *byte == 0), command.has(UNMAP)) {
         (true, true) if !command.has(ANCHOR) => Fill::Deallocated,
         (true, _) => Fill::Anchored,
