@@ -59,6 +59,24 @@ impl Backend {
         Backend { front_end, pid: daemon.pid(), process: Process::Thinlun(daemon) }
     }
 
+    /// Another build of thinlun, with the same disk at the same time.
+    pub fn other_thinlun(
+        program: &Path,
+        disk: &Path,
+        options: &str,
+        arguments: &[&str],
+        queues: usize,
+    ) -> Self {
+        let scratch = Scratch::new();
+        let options = format!("{options},locking=off");
+        let builder =
+            Daemon::builder(&scratch).program(program).disk(disk, options.trim_start_matches(','));
+        let daemon = builder.args(arguments).spawn();
+        let builder = FrontEnd::builder().queues(queues).queue_size(QUEUE_SIZE);
+        let front_end = builder.connect(&daemon);
+        Backend { front_end, pid: daemon.pid(), process: Process::Thinlun(daemon) }
+    }
+
     /// thinlun with several disks.
     pub fn thinlun_with(disks: &[PathBuf], queues: usize) -> Self {
         let scratch = Scratch::new();

@@ -1,11 +1,13 @@
 //! The data plane beside its limit and its peers: random and sequential transfers through the socket, by a
 //! front end in process, against fio on the same file and vhost-device-scsi.
 //!
-//! `cargo bench --bench data_plane -- [--all] [--only TEXT] [--seconds N] [--json FILE] [--svg FILE] [--driver-cpu N]`
+//! `cargo bench --bench data_plane -- [--all] [--only TEXT] [--seconds N] [--json FILE] [--svg FILE] [--driver-cpu N]
+//! [--against PROGRAM] [--rounds N]`
 //!
 //! Needs 1 GiB in /dev/shm and in the temporary directory. fio (Debian) and vhost-device-scsi
 //! (`cargo install vhost-device-scsi`) are measured if they are installed. Everything is measured in turns in one
-//! run; the table shows medians.
+//! run; the table shows medians. `--against` has another build of thinlun in the place of vhost-device-scsi: whether a
+//! change made it faster is seen in one run or not at all.
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
 
 mod chart;
@@ -23,7 +25,13 @@ use frontend::*;
 use report::{Report, Row};
 
 const SIZE: u64 = 512 * MIB;
-const ROUNDS: usize = 5;
+
+/// How often every contestant has its turn, and for how long.
+#[derive(Clone, Copy)]
+struct Turns {
+    rounds: usize,
+    time: Duration,
+}
 
 /// Where the file is.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -63,7 +71,8 @@ fn main() {
     let options = Options(std::env::args().collect());
     let only = options.value("--only").unwrap_or_default();
     let seconds = options.value("--seconds").map_or(1.0, |n| n.parse().expect("seconds"));
-    let time = Duration::from_secs_f64(seconds);
+    let rounds = options.value("--rounds").map_or(5, |n| n.parse().expect("rounds"));
+    let turns = Turns { rounds, time: Duration::from_secs_f64(seconds) };
     if let Some(cpu) = options.value("--driver-cpu") {
         let _ = contestants::DRIVER_CPU.set(cpu.parse().expect("a processor's number"));
     }
@@ -85,15 +94,21 @@ fn main() {
         let arguments: Vec<&str> =
             options.value("--with").iter().flat_map(|a| a.split(' ')).collect();
         let ours = Backend::thinlun(file, place.options(), &arguments, queues);
-        let peer =
-            (place != Place::Direct).then(|| Backend::vhost_device_scsi(file, &scratch)).flatten();
+        let peer = match options.value("--against") {
+            Some(program) => {
+                let program = Path::new(program);
+                Some(Backend::other_thinlun(program, file, place.options(), &arguments, queues))
+            }
+            None if place == Place::Direct => None,
+            None => Backend::vhost_device_scsi(file, &scratch),
+        };
         for (load, queues) in loads {
-            let row = measure(place, file, &ours, peer.as_ref(), &load, queues, time);
+            let row = measure(place, file, &ours, peer.as_ref(), &load, queues, turns);
             report.add(row);
         }
     }
     if only.is_empty() || "sharing".contains(only) {
-        sharing(&mut report, time);
+        sharing(&mut report, turns);
     }
     if only.is_empty() || "cost".contains(only) {
         fill(&memory);
@@ -112,7 +127,8 @@ fn main() {
 
 /// Two queues of one daemon, each on a file of its own, beside two daemons that can share nothing, and
 /// beside one queue alone. Drivers and queues are four threads, which sleep where they can.
-fn sharing(report: &mut Report, time: Duration) {
+fn sharing(report: &mut Report, turns: Turns) {
+    let Turns { rounds, time } = turns;
     let files: Vec<PathBuf> = (0..4)
         .map(|n| PathBuf::from(format!("/dev/shm/thinlun-bench-{}-{n}.img", std::process::id())))
         .collect();
@@ -124,14 +140,14 @@ fn sharing(report: &mut Report, time: Duration) {
     for pattern in [Pattern::RandRead, Pattern::RandWrite] {
         let load = Load { driver: Driver::Sleeps, ..Load::new(pattern, 4096, 32, 64 * MIB) };
         let mut rates = [const { Vec::new() }; 3];
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             rates[0].push(at_once(&[(&together, 0), (&together, 1)], &load, time));
             rates[1].push(at_once(&[(&apart[0], 0), (&apart[1], 0)], &load, time));
             rates[2].push(at_once(&[(&together, 0)], &load, time));
         }
         let [together, apart, alone] = rates.map(|mut rates| {
             rates.sort_by(f64::total_cmp);
-            rates[ROUNDS / 2]
+            rates[rounds / 2]
         });
         report.sharing.push(report::Sharing { load: pattern.name(), together, apart, alone });
     }
@@ -205,11 +221,12 @@ fn measure(
     peer: Option<&Backend>,
     load: &Load,
     queues: usize,
-    time: Duration,
+    turns: Turns,
 ) -> Row {
+    let Turns { rounds, time } = turns;
     let direct = place == Place::Direct;
     let mut samples: [Vec<Sample>; 4] = Default::default();
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         samples[0].push(ours.sample(load, queues, time));
         if queues == 1 {
             samples[1].extend(peer.map(|peer| peer.sample(load, 1, time)));

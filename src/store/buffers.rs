@@ -21,9 +21,15 @@ pub struct Buffers {
     owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
-/// Segments in the kernel's form, in a vector that is used again: a queue thread makes several of these
-/// lists for each request.
-struct Segments(Vec<libc::iovec>);
+/// Segments of a list that has no vector: a header, a response, and the data behind them if it lies in one piece.
+const FEW: usize = 2;
+
+/// Segments in the kernel's form. A queue thread makes several lists for each request, so that hardly any of them is
+/// allocated: short ones lie where they are used, and the vectors of long ones are used again.
+enum Segments {
+    Few { count: usize, all: [libc::iovec; FEW] },
+    Many(Vec<libc::iovec>),
+}
 
 /// Vectors that a thread keeps for later, and the longest that it keeps, in segments. Together at most
 /// 1 MiB, and so much only where hundreds of requests of a MiB were in flight.
@@ -34,37 +40,116 @@ thread_local! {
     static SPARE: RefCell<Vec<Vec<libc::iovec>>> = const { RefCell::new(Vec::new()) };
 }
 
+impl Segments {
+    const NONE: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+
+    #[inline]
+    fn as_slice(&self) -> &[libc::iovec] {
+        match self {
+            Segments::Few { count, all } => all.get(..*count).unwrap_or_default(),
+            Segments::Many(all) => all,
+        }
+    }
+
+    #[inline]
+    fn first_mut(&mut self) -> Option<&mut libc::iovec> {
+        match self {
+            Segments::Few { count, all } => all.get_mut(..*count)?.first_mut(),
+            Segments::Many(all) => all.first_mut(),
+        }
+    }
+
+    #[inline]
+    fn push(&mut self, base: *mut u8, len: usize) {
+        let segment = libc::iovec { iov_base: base.cast(), iov_len: len };
+        match self {
+            Segments::Few { count, all } => match all.get_mut(*count) {
+                Some(place) => {
+                    *place = segment;
+                    *count += 1;
+                }
+                None => self.push_many(segment),
+            },
+            Segments::Many(all) => all.push(segment),
+        }
+    }
+
+    #[cold]
+    fn push_many(&mut self, segment: libc::iovec) {
+        self.as_vec();
+        if let Segments::Many(all) = self {
+            all.push(segment);
+        }
+    }
+
+    /// The segments in a vector.
+    fn as_vec(&mut self) -> &[libc::iovec] {
+        if let Segments::Few { .. } = self {
+            let mut many = spare();
+            many.extend_from_slice(self.as_slice());
+            *self = Segments::Many(many);
+        }
+        self.as_slice()
+    }
+
+    /// Takes away the first `gone`, of which there are as many.
+    #[inline]
+    fn drop_first(&mut self, gone: usize) {
+        match self {
+            Segments::Few { count, all } => {
+                all.copy_within(gone..*count, 0);
+                *count -= gone;
+            }
+            Segments::Many(all) => drop(all.drain(..gone)),
+        }
+    }
+}
+
 impl Default for Segments {
+    #[inline]
     fn default() -> Self {
-        Segments(
-            SPARE.try_with(|spare| spare.borrow_mut().pop()).ok().flatten().unwrap_or_default(),
-        )
+        Segments::Few { count: 0, all: [Self::NONE; FEW] }
     }
 }
 
 impl Clone for Segments {
     fn clone(&self) -> Self {
         let mut copy = Self::default();
-        copy.0.extend_from_slice(&self.0);
+        for segment in self.as_slice() {
+            copy.push(segment.iov_base.cast(), segment.iov_len);
+        }
         copy
     }
 }
 
 impl Drop for Segments {
+    #[inline]
     fn drop(&mut self) {
-        if !(1..=SPARE_SEGMENTS).contains(&self.0.capacity()) {
-            return;
+        if let Segments::Many(list) = self {
+            keep(std::mem::take(list));
         }
-        let mut list = std::mem::take(&mut self.0);
-        list.clear();
-        // A thread that ends keeps nothing.
-        let _ = SPARE.try_with(|spare| {
-            let mut spare = spare.borrow_mut();
-            if spare.len() < SPARE_LISTS {
-                spare.push(list);
-            }
-        });
     }
+}
+
+/// A vector that was kept, or a new one.
+fn spare() -> Vec<libc::iovec> {
+    SPARE.try_with(|spare| spare.borrow_mut().pop()).ok().flatten().unwrap_or_default()
+}
+
+/// Keeps the vector of a list that is gone.
+#[cold]
+fn keep(mut list: Vec<libc::iovec>) {
+    if list.capacity() > SPARE_SEGMENTS {
+        return;
+    }
+    list.clear();
+    // A thread that ends keeps nothing.
+    let _ = SPARE.try_with(|spare| {
+        let mut spare = spare.borrow_mut();
+        if spare.len() < SPARE_LISTS {
+            spare.push(list);
+        }
+    });
 }
 
 // SAFETY: the segments are plain addresses of memory that `owner` keeps mapped; every access goes
@@ -75,7 +160,7 @@ unsafe impl Sync for Buffers {}
 
 impl fmt::Debug for Buffers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Buffers({} bytes in {} segments)", self.len, self.segments.0.len())
+        write!(f, "Buffers({} bytes in {} segments)", self.len, self.iovecs().len())
     }
 }
 
@@ -107,7 +192,7 @@ impl Buffers {
     /// memory that Rust references point to.
     pub unsafe fn push(&mut self, base: *mut u8, len: usize) {
         if len > 0 {
-            self.segments.0.push(libc::iovec { iov_base: base.cast(), iov_len: len });
+            self.segments.push(base, len);
             self.len += len;
         }
     }
@@ -147,21 +232,27 @@ impl Buffers {
     }
 
     /// The segments in the kernel's form.
+    #[inline]
     pub fn iovecs(&self) -> &[libc::iovec] {
-        &self.segments.0
+        self.segments.as_slice()
+    }
+
+    /// The segments in the kernel's form, where they stay wherever the list goes.
+    pub fn fixed_iovecs(&mut self) -> &[libc::iovec] {
+        self.segments.as_vec()
     }
 
     /// Whether every segment starts at, and is as long as, a multiple of `align` bytes.
     pub fn is_aligned(&self, align: usize) -> bool {
         let mask = align.max(1) - 1;
-        self.segments.0.iter().all(|s| (s.iov_base as usize | s.iov_len) & mask == 0)
+        self.iovecs().iter().all(|s| (s.iov_base as usize | s.iov_len) & mask == 0)
     }
 
     /// The part `offset .. offset + len`, cut short at the end of the list.
     pub fn slice(&self, offset: usize, len: usize) -> Self {
         let mut part = Buffers { owner: self.owner.clone(), ..Self::default() };
         self.for_each(offset, len, |base, n, _| {
-            part.segments.0.push(libc::iovec { iov_base: base.cast(), iov_len: n });
+            part.segments.push(base, n);
             part.len += n;
         });
         part
@@ -179,19 +270,36 @@ impl Buffers {
     pub fn skip(mut self, count: usize) -> Self {
         let mut left = count.min(self.len);
         self.len -= left;
-        let whole = self.segments.0.iter().take_while(|s| {
+        let whole = self.iovecs().iter().take_while(|s| {
             let goes = s.iov_len <= left;
             left -= if goes { s.iov_len } else { 0 };
             goes
         });
         let whole = whole.count();
-        self.segments.0.drain(..whole);
-        if let Some(first) = self.segments.0.first_mut() {
+        self.segments.drop_first(whole);
+        if let Some(first) = self.segments.first_mut() {
             // `left` is less than the segment is long.
             first.iov_base = first.iov_base.wrapping_byte_add(left);
             first.iov_len -= left;
         }
         self
+    }
+
+    /// Has the processor fetch the first `len` bytes of the first segment, which somebody else has written or will be
+    /// written to: a hint, which costs next to nothing and never faults.
+    pub fn fetch(&self, len: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(first) = self.iovecs().first() {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let last = len.min(first.iov_len).saturating_sub(1);
+            for at in [0, last] {
+                let byte = first.iov_base.cast::<i8>().cast_const().wrapping_add(at);
+                // SAFETY: a prefetch reads nothing, wherever it points.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(byte) };
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = len;
     }
 
     /// Copies out of the list from `offset` on, as much as `into` holds or the list has; returns
@@ -253,7 +361,7 @@ impl Buffers {
         mut f: impl FnMut(*mut u8, usize, usize),
     ) -> usize {
         let (mut skip, mut done) = (offset, 0);
-        for segment in &self.segments.0 {
+        for segment in self.iovecs() {
             if done == len {
                 break;
             }
@@ -280,7 +388,7 @@ mod tests {
         let mut owners: Vec<Arc<dyn Any + Send + Sync>> = Vec::new();
         for part in parts {
             let piece = Buffers::copy_of(part).unwrap();
-            all.segments.0.extend(piece.segments.0.iter());
+            piece.iovecs().iter().for_each(|s| all.segments.push(s.iov_base.cast(), s.iov_len));
             all.len += piece.len;
             owners.extend(piece.owner.clone());
         }

@@ -5,11 +5,10 @@ use std::any::Any;
 use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
-use zerocopy::FromBytes;
 
 use super::dirty_log::DirtyLog;
 use super::memory::GuestMemory;
-use super::split_ring::{DESCRIPTOR_SIZE, Descriptor, SplitRing};
+use super::split_ring::{DESCRIPTOR_SIZE, Descriptor, DescriptorTable, SplitRing};
 use crate::scsi::lun;
 use crate::store::Buffers;
 
@@ -41,8 +40,8 @@ pub(super) struct Chains {
     owner: Arc<dyn Any + Send + Sync>,
     /// The region that was last found: most buffers lie in the same.
     near: Near,
-    /// The indirect table that is looked at, copied: the driver may change its own meanwhile.
-    table: Vec<u8>,
+    /// A copy of the indirect table that is looked at, if that lies across regions.
+    copied: Vec<u8>,
 }
 
 /// A region of guest memory, by guest addresses, and where it is mapped.
@@ -62,7 +61,7 @@ impl Chains {
             memory: Arc::clone(memory),
             owner: Arc::new(Arc::clone(memory)),
             near: Near { start: 0, end: 0, host: std::ptr::null_mut() },
-            table: Vec::new(),
+            copied: Vec::new(),
         }
     }
 
@@ -106,35 +105,33 @@ impl Chains {
         head: u16,
         mut each: impl FnMut(&mut Self, &Descriptor) -> Result<(), &'static str>,
     ) -> Result<(), &'static str> {
-        let first = ring.descriptor(head).ok_or("no such descriptor")?;
-        let indirect = first.is_indirect();
-        if indirect {
-            self.copy_table(&first)?;
+        let mut table = ring.descriptors();
+        let mut descriptor = table.get(head).ok_or("no such descriptor")?;
+        if descriptor.is_indirect() {
+            table = self.indirect(&descriptor)?;
+            descriptor = table.get(0).ok_or("empty indirect table")?;
         }
-        let mut next = Some(if indirect { 0 } else { head });
-        let mut count = 0;
-        while let Some(index) = next {
-            let descriptor = if indirect { self.entry(index) } else { ring.descriptor(index) };
-            let descriptor = descriptor.ok_or("descriptor outside its table")?;
+        for _ in 0..table.len() {
             if descriptor.is_indirect() {
                 // VIRTIO 1.3 2.7.5.3.1: neither in an indirect table nor behind other descriptors.
                 return Err("misplaced indirect descriptor");
             }
-            count += 1;
-            if count > MAX_DESCRIPTORS || !indirect && count > ring.size().into() {
-                return Err("chain without an end");
-            }
             each(self, &descriptor)?;
-            next = descriptor.has_next().then(|| descriptor.next.get());
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            descriptor = table.get(descriptor.next.get()).ok_or("descriptor outside its table")?;
         }
-        Ok(())
+        Err("chain without an end")
     }
 
     fn no_buffers(&self) -> Buffers {
         Buffers::of(Arc::clone(&self.owner))
     }
 
-    fn copy_table(&mut self, descriptor: &Descriptor) -> Result<(), &'static str> {
+    /// The table that a descriptor refers to: where it lies, or a copy if it lies in several places. It is there until
+    /// the next one is looked for.
+    fn indirect(&mut self, descriptor: &Descriptor) -> Result<DescriptorTable, &'static str> {
         let len = descriptor.len.get() as usize;
         if descriptor.has_next() {
             return Err("indirect descriptor with another behind it");
@@ -143,21 +140,21 @@ impl Chains {
         if !len.is_multiple_of(DESCRIPTOR_SIZE) || !(1..=MAX_DESCRIPTORS).contains(&entries) {
             return Err("indirect table of a wrong length");
         }
-        self.table.resize(len, 0);
         let address = descriptor.address.get();
-        if let Some(host) = self.host(address, len as u64) {
-            // SAFETY: `host` has found as many bytes as the table is long, and the table is our own.
-            unsafe { host.copy_to_nonoverlapping(self.table.as_mut_ptr(), len) };
-            return Ok(());
-        }
-        let read = self.memory.read_slice(&mut self.table, GuestAddress(address));
-        read.map_err(|_| "indirect table outside guest memory")
+        let host = match self.host(address, len as u64) {
+            Some(host) => host.cast_const(),
+            None => self.copy_table(address, len)?,
+        };
+        // SAFETY: `host` has found as many bytes, in memory that `self` keeps mapped; or it is our own copy.
+        Ok(unsafe { DescriptorTable::new(host, entries) })
     }
 
-    fn entry(&self, index: u16) -> Option<Descriptor> {
-        let start = DESCRIPTOR_SIZE * usize::from(index);
-        let bytes = self.table.get(start..start + DESCRIPTOR_SIZE)?;
-        Descriptor::read_from_bytes(bytes).ok()
+    #[cold]
+    fn copy_table(&mut self, address: u64, len: usize) -> Result<*const u8, &'static str> {
+        self.copied.resize(len, 0);
+        let read = self.memory.read_slice(&mut self.copied, GuestAddress(address));
+        read.map_err(|_| "indirect table outside guest memory")?;
+        Ok(self.copied.as_ptr())
     }
 
     /// Adds the pieces of a guest-physical range; `None` if part of it is not memory.

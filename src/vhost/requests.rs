@@ -22,6 +22,10 @@ use crate::store::{Buffers, Cause};
 /// Requests taken in one pass before completions are looked at again.
 const BATCH: usize = 64;
 
+/// Requests taken together: what the driver's processor has just written of one is on its way to ours while another
+/// is worked on.
+const TOGETHER: usize = 8;
+
 /// A command that was received: who gave it, and where its answer goes.
 struct Received {
     head: u16,
@@ -59,6 +63,8 @@ pub(super) struct RequestQueue {
     flights: Flights,
     /// Commands that may not begin yet.
     order: Order<(Received, [u8; 8], Request)>,
+    /// Taken together and not looked at yet: empty but while requests are taken.
+    taken: Vec<Chain>,
     completions: Vec<Completion<Outcome>>,
     /// What is ended early is not answered: it stays noted as in flight.
     leaves: bool,
@@ -122,6 +128,7 @@ impl RequestQueue {
                 free: Vec::new(),
             },
             order: Order::default(),
+            taken: Vec::new(),
             completions: Vec::new(),
             leaves: false,
         }
@@ -305,15 +312,25 @@ impl RequestQueue {
 
 impl Service for RequestQueue {
     fn requests(&mut self, ring: &mut Ring) -> bool {
+        let mut taken = std::mem::take(&mut self.taken);
         let mut more = true;
-        for _ in 0..BATCH {
-            more = self.wants_requests(ring);
-            let Some(chain) = more.then(|| ring.pop()).flatten() else {
-                more = false;
+        for _ in 0..BATCH / TOGETHER {
+            let room = ring.size().saturating_sub(self.in_flight());
+            for _ in 0..room.min(TOGETHER) {
+                let Some(chain) = ring.pop() else { break };
+                chain.readable.fetch(size_of::<CommandHeader>());
+                chain.writable.fetch(size_of::<CommandResponse>());
+                taken.push(chain);
+            }
+            more = !taken.is_empty();
+            if !more {
                 break;
-            };
-            self.receive(ring, chain);
+            }
+            for chain in taken.drain(..) {
+                self.receive(ring, chain);
+            }
         }
+        self.taken = taken;
         more
     }
 

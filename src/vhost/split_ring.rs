@@ -47,6 +47,43 @@ impl Descriptor {
     }
 }
 
+/// A table of descriptors in memory that the driver may change at any moment: each entry is read once, as a whole.
+#[derive(Clone, Copy)]
+pub(super) struct DescriptorTable {
+    first: *const u8,
+    count: usize,
+}
+
+impl DescriptorTable {
+    /// A table of `count` descriptors.
+    ///
+    /// # Safety
+    /// They must be mapped as long as the table is used.
+    pub(super) unsafe fn new(first: *const u8, count: usize) -> Self {
+        DescriptorTable { first, count }
+    }
+
+    pub(super) fn len(self) -> usize {
+        self.count
+    }
+
+    /// A descriptor; `None` if the table does not reach so far.
+    #[inline]
+    pub(super) fn get(self, index: u16) -> Option<Descriptor> {
+        let index = usize::from(index);
+        if index >= self.count {
+            return None;
+        }
+        let mut bytes = [0; DESCRIPTOR_SIZE];
+        // SAFETY: the table has `count` descriptors.
+        unsafe {
+            let from = self.first.add(DESCRIPTOR_SIZE * index);
+            from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len());
+        }
+        Some(zerocopy::transmute!(bytes))
+    }
+}
+
 /// Where a ring lies, in guest addresses, and how long it is.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Layout {
@@ -123,18 +160,10 @@ impl SplitRing {
         u16::from_le(entry.load(Ordering::Relaxed))
     }
 
-    /// A descriptor; `None` if the table does not reach so far.
-    pub(super) fn descriptor(&self, index: u16) -> Option<Descriptor> {
-        if index >= self.size {
-            return None;
-        }
-        let mut bytes = [0; DESCRIPTOR_SIZE];
-        // SAFETY: the table has `size` descriptors.
-        unsafe {
-            let from = self.descriptors.add(DESCRIPTOR_SIZE * usize::from(index));
-            from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len());
-        }
-        Some(zerocopy::transmute!(bytes))
+    /// Its descriptors: a table that is there as long as the ring is.
+    pub(super) fn descriptors(&self) -> DescriptorTable {
+        // SAFETY: `find` has found as many.
+        unsafe { DescriptorTable::new(self.descriptors, self.size.into()) }
     }
 
     /// Writes an entry of the used ring, which the driver sees when the index is past it.

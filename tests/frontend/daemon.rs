@@ -217,6 +217,12 @@ impl DaemonBuilder {
         self
     }
 
+    /// Runs another build.
+    pub fn program(mut self, program: &Path) -> Self {
+        self.binary = program.into();
+        self
+    }
+
     /// Runs under another program, such as valgrind, which gets these arguments before ours.
     pub fn under(mut self, program: &str, arguments: &[&str]) -> Self {
         self.binary = program.into();

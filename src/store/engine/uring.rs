@@ -122,7 +122,7 @@ impl<J: Send + 'static> UringEngine<J> {
         token: u32,
         number: usize,
         store: &Arc<dyn Store>,
-        operation: Operation,
+        mut operation: Operation,
     ) -> Result<usize, Operation> {
         if self.flying >= DEPTH as usize {
             return Err(operation);
@@ -131,13 +131,13 @@ impl<J: Send + 'static> UringEngine<J> {
             return Err(operation);
         };
         self.keep(number, store);
-        let (Some(entry), Some(ring)) = (entry(file, &operation), self.ring()) else {
+        let (Some(entry), Some(ring)) = (entry(file, &mut operation), self.ring()) else {
             store.ring_done(hold);
             return Err(operation);
         };
-        // SAFETY: the iovec and the memory it describes belong to the operation, which stays in
-        // `flights`, and so alive and unmoved on the heap, until the kernel says it is done with it; the
-        // file belongs to the store, which stays in `stores`.
+        // SAFETY: the memory, and the vector of segments if there is one, belong to the operation, which stays in
+        // `flights` until the kernel says it is done with it; neither moves with it. The file belongs to the store,
+        // which stays in `stores`.
         let pushed = unsafe { ring.submission().push(&entry.user_data(token.into())) };
         if pushed.is_err() {
             store.ring_done(hold);
@@ -246,7 +246,13 @@ fn make() -> io::Result<IoUring> {
     }
     // Whoever gets hold of the ring can do no more with it than we do (Linux 5.10). What it does is not seen by
     // the filters of the sandbox.
-    let operations = [opcode::PollAdd::CODE, opcode::Readv::CODE, opcode::Writev::CODE];
+    let operations = [
+        opcode::PollAdd::CODE,
+        opcode::Read::CODE,
+        opcode::Readv::CODE,
+        opcode::Write::CODE,
+        opcode::Writev::CODE,
+    ];
     let mut restrictions = operations.map(Restriction::sqe_op);
     ring.submitter().register_restrictions(&mut restrictions)?;
     ring.submitter().register_enable_rings()?;
@@ -255,19 +261,30 @@ fn make() -> io::Result<IoUring> {
     Ok(ring)
 }
 
-/// The ring's form of an operation.
-fn entry(file: RawFd, operation: &Operation) -> Option<squeue::Entry> {
+/// The ring's form of an operation. A single segment goes without a list of segments that the kernel would have to read.
+fn entry(file: RawFd, operation: &mut Operation) -> Option<squeue::Entry> {
     let file = types::Fd(file);
     match operation {
         Operation::Read { offset, into, medium: false } => {
-            let segments = into.iovecs();
+            if let [one] = into.iovecs() {
+                let len = u32::try_from(one.iov_len).ok()?;
+                return Some(
+                    opcode::Read::new(file, one.iov_base.cast(), len).offset(*offset).build(),
+                );
+            }
+            let segments = into.fixed_iovecs();
             let count = u32::try_from(segments.len()).ok()?;
             Some(opcode::Readv::new(file, segments.as_ptr(), count).offset(*offset).build())
         }
         Operation::Write { offset, from, durability } => {
-            let segments = from.iovecs();
-            let count = u32::try_from(segments.len()).ok()?;
             let flags = if *durability == Durability::Stable { libc::RWF_DSYNC } else { 0 };
+            if let [one] = from.iovecs() {
+                let len = u32::try_from(one.iov_len).ok()?;
+                let write = opcode::Write::new(file, one.iov_base.cast(), len).offset(*offset);
+                return Some(write.rw_flags(flags).build());
+            }
+            let segments = from.fixed_iovecs();
+            let count = u32::try_from(segments.len()).ok()?;
             let write = opcode::Writev::new(file, segments.as_ptr(), count).offset(*offset);
             Some(write.rw_flags(flags).build())
         }
