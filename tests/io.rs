@@ -160,6 +160,19 @@ fn what_the_host_writes_is_read() {
 }
 
 #[test]
+fn what_a_guest_reads_is_no_access_on_the_host() {
+    with_lun("", |daemon, lun| {
+        // A file system notes the first access after a change (relatime).
+        host_write(&daemon.disk(), 0, &[7; 4096]);
+        let accessed = || fs::metadata(daemon.disk()).unwrap().accessed().unwrap();
+        let before = accessed();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_eq!(lun.read10(0, 8).len(), 4096);
+        assert_eq!(accessed(), before);
+    });
+}
+
+#[test]
 fn unwritten_parts_read_as_zeroes() {
     with_lun("", |_, lun| {
         lun.write10(1000, &blocks(1000, 1, 512, 1));

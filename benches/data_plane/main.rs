@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use contestants::{Backend, Sample, fio};
 use frontend::*;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use report::{Report, Row};
 
 const SIZE: u64 = 512 * MIB;
@@ -89,7 +90,7 @@ fn main() {
         if loads.is_empty() {
             continue;
         }
-        fill(file);
+        fill(file, place);
         let queues = loads.iter().map(|(_, queues)| *queues).max().unwrap_or(1);
         let arguments: Vec<&str> =
             options.value("--with").iter().flat_map(|a| a.split(' ')).collect();
@@ -111,7 +112,7 @@ fn main() {
         sharing(&mut report, turns);
     }
     if only.is_empty() || "cost".contains(only) {
-        fill(&memory);
+        fill(&memory, Place::Memory);
         report.costs = cost::measure(&memory);
         report.start = Some(cost::start_to_first_read(&memory));
     }
@@ -204,13 +205,19 @@ fn title(place: Place, load: &Load, queues: usize) -> String {
 
 /// Written in small pieces: ext4 keeps what is written in large ones in large folios and walks through all blocks
 /// of one for each write to it, which takes many times as long as the write (20 us of 23 for all contestants).
-fn fill(file: &Path) {
+///
+/// What is transferred directly is not left in the page cache: the kernel would look there for each write, and end the
+/// write on a thread of its own.
+fn fill(file: &Path, place: Place) {
     let block = [0x5a; 4096];
     let out = std::fs::File::create(file).unwrap();
     for at in (0..SIZE).step_by(block.len()) {
         std::os::unix::fs::FileExt::write_all_at(&out, &block, at).unwrap();
     }
     out.sync_all().unwrap();
+    if place == Place::Direct {
+        posix_fadvise(&out, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    }
 }
 
 /// All contestants in turns.

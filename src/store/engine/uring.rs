@@ -23,7 +23,7 @@ use crate::store::{Cause, Durability, Hold, Store, StoreError};
 const DEPTH: u32 = 128;
 /// Transfers that are handed over with one call. The kernel holds the first back until it has the last: many
 /// together save calls, but keep the device waiting.
-const AT_ONCE: usize = 4;
+const AT_ONCE: usize = 2;
 /// POLLIN, as the ring wants it.
 const READABLE: u32 = libc::POLLIN as u32;
 /// IORING_ENTER_GETEVENTS.
@@ -409,7 +409,18 @@ mod tests {
                 let store: Arc<dyn Store> = Arc::new(store);
                 let wake = Arc::new(EventFd::new().unwrap());
                 let mut engine = UringEngine::<()>::new(Arc::clone(&wake), kind);
-                let block = |n: u64| Buffers::copy_of(&[n as u8; 4096]).unwrap();
+                // In one piece, in two, and in more than lie in a list itself.
+                let block = |n: u64| {
+                    let whole = Buffers::copy_of(&[n as u8; 4096]).unwrap();
+                    let at = whole.iovecs()[0].iov_base.cast::<u8>();
+                    let mut list = Buffers::of(Arc::new(whole));
+                    let len = 4096 / [1, 2, 8][n as usize % 3];
+                    for start in (0..4096).step_by(len) {
+                        // SAFETY: a part of what the list's owner keeps.
+                        unsafe { list.push(at.wrapping_add(start), len) };
+                    }
+                    list
+                };
                 let writes = (0..300u64).map(|n| {
                     let stable = [Durability::Cached, Durability::Stable][usize::from(n % 50 == 0)];
                     let (offset, from) = (n * 4096, block(n));
