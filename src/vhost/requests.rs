@@ -342,6 +342,10 @@ impl Service for RequestQueue {
         self.flights.engine.has_completions()
     }
 
+    fn is_behind(&mut self) -> bool {
+        self.flights.engine.has_landed()
+    }
+
     fn sleep(&mut self, events: [Option<RawFd>; 2]) -> Option<[bool; 2]> {
         self.flights.engine.sleep(events)
     }

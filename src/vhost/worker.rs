@@ -30,6 +30,11 @@ pub(super) trait Service {
         false
     }
 
+    /// Whether there is something to finish that is known without asking the host.
+    fn is_behind(&mut self) -> bool {
+        false
+    }
+
     /// Sends on what was taken, and sleeps in a place of its own until there is something to finish or one
     /// of the events is readable; says which. `None`, at once, if it has no such place.
     fn sleep(&mut self, _events: [Option<RawFd>; 2]) -> Option<[bool; 2]> {
@@ -131,6 +136,7 @@ impl<S: Service> State<S> {
                 return self.ring.next_avail();
             }
             let look = !stopping && self.service.wants_requests(&self.ring);
+            let more = more || self.service.is_behind();
             if more || look && (self.spin(answered) || self.ring.await_kicks()) {
                 self.service.hand_over();
             } else {

@@ -149,6 +149,11 @@ pub trait Engine<J> {
         false
     }
 
+    /// Whether [`Engine::completions`] has some to tell of already.
+    fn has_landed(&mut self) -> bool {
+        false
+    }
+
     /// Begins a job on the store's pool.
     fn spawn(&mut self, token: Token, store: &Arc<dyn Store>, job: Job<J>);
 

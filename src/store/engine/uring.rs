@@ -24,6 +24,9 @@ const DEPTH: u32 = 128;
 /// Transfers that are handed over with one call. The kernel holds the first back until it has the last: many
 /// together save calls, but keep the device waiting.
 const AT_ONCE: usize = 2;
+/// Completions that are taken at a time: the driver is to have the first, and to send on what it has next, while the rest
+/// is worked on. Devices tend to end many at once, and then have nothing to do.
+const LANDED: usize = 4;
 /// POLLIN, as the ring wants it.
 const READABLE: u32 = libc::POLLIN as u32;
 /// IORING_ENTER_GETEVENTS.
@@ -189,7 +192,7 @@ impl<J: Send + 'static> UringEngine<J> {
     /// Takes the ring's completions; what is not wholly done is done again by a thread.
     fn land(&mut self) {
         let Ring::Ready(ring) = &mut self.ring else { return };
-        for entry in ring.completion() {
+        for entry in ring.completion().take(LANDED) {
             if let Some(which) = entry.user_data().checked_sub(EVENTS) {
                 let event = usize::try_from(which).ok().and_then(|n| self.events.get_mut(n));
                 if let Some(event) = event {
@@ -319,7 +322,9 @@ impl<J: Send + 'static> Engine<J> for UringEngine<J> {
     }
 
     fn flush(&mut self) {
-        if self.flying > 0 {
+        let Ring::Ready(ring) = &mut self.ring else { return };
+        let queued = !ring.submission().is_empty();
+        if queued || self.flying > 0 && ring.completion().is_empty() {
             self.enter(0);
         }
     }
@@ -329,13 +334,21 @@ impl<J: Send + 'static> Engine<J> for UringEngine<J> {
         for (n, event) in events.into_iter().enumerate() {
             self.watch(n, event);
         }
-        self.enter(1);
+        if self.has_landed() {
+            self.flush();
+        } else {
+            self.enter(1);
+        }
         self.land();
         Some(self.events.each_mut().map(|event| std::mem::take(&mut event.readable)))
     }
 
     fn has_completions(&mut self) -> bool {
         self.flush();
+        self.has_landed()
+    }
+
+    fn has_landed(&mut self) -> bool {
         match &mut self.ring {
             Ring::Ready(ring) => !ring.completion().is_empty(),
             Ring::Untried | Ring::Refused => false,
