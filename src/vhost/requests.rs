@@ -351,7 +351,7 @@ impl Service for RequestQueue {
     }
 
     fn progress(&mut self, ring: &mut Ring) {
-        if self.flights.len() == 0 {
+        if self.flights.len() == 0 && !self.flights.engine.has_landed() {
             return;
         }
         let mut completions = std::mem::take(&mut self.completions);

@@ -149,7 +149,7 @@ pub trait Engine<J> {
         false
     }
 
-    /// Whether [`Engine::completions`] has some to tell of already.
+    /// Whether the host has something for [`Engine::completions`] to look at already.
     fn has_landed(&mut self) -> bool {
         false
     }

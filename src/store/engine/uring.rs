@@ -334,7 +334,8 @@ impl<J: Send + 'static> Engine<J> for UringEngine<J> {
         for (n, event) in events.into_iter().enumerate() {
             self.watch(n, event);
         }
-        if self.has_landed() {
+        // An event that was seen meanwhile may be about something that nobody has looked for since.
+        if self.has_landed() || self.events.iter().any(|event| event.readable) {
             self.flush();
         } else {
             self.enter(1);
