@@ -248,7 +248,7 @@ fn what_cannot_be_done_twice_is_not() {
     let mut fe = FrontEnd::builder().inflight().connect(&served);
     let lun = fe.ready_lun(0, 0);
     // Stopped: what is given now stays in the ring, as if it had been taken from there.
-    served.signal(Signal::SIGSTOP);
+    served.halt();
     let copy = Cdb::from_slice(&[0x83, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16]);
     let copy = lun.request(copy).data_out(vec![0; 16]);
     let ready = lun.request(cdb::test_unit_ready());

@@ -16,7 +16,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::PATIENCE;
+use super::{PATIENCE, eventually};
 
 /// The binary under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_thinlun");
@@ -449,6 +449,19 @@ impl Daemon {
         if self.status.is_none() {
             kill(Pid::from_raw(self.pid()), signal).expect("kill");
         }
+    }
+
+    /// Stops all its threads where they are, until it is killed or told to go on. Each of them notices when it runs
+    /// next, which on a busy machine can be after the signal was sent.
+    pub fn halt(&self) {
+        self.signal(Signal::SIGSTOP);
+        let tasks = format!("/proc/{}/task", self.pid());
+        eventually("all threads are stopped", || {
+            std::fs::read_dir(&tasks).expect("its threads").flatten().all(|task| {
+                let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+                stat.rsplit(") ").next().is_some_and(|state| state.starts_with('T'))
+            })
+        });
     }
 
     /// Makes the daemon look at its backing files again.
