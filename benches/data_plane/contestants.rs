@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
-use crate::frontend::daemon::Diagnosis;
+use crate::frontend::daemon::{DaemonBuilder, Diagnosis};
 use crate::frontend::load::{self, Figures};
 use crate::frontend::protocol::{feature, protocol_feature};
 use crate::frontend::*;
@@ -52,11 +52,8 @@ const QUEUE_SIZE: u16 = 128;
 impl Backend {
     /// thinlun with these arguments, a disk and its options.
     pub fn thinlun(disk: &Path, options: &str, arguments: &[&str], queues: usize) -> Self {
-        let scratch = Scratch::new();
-        let daemon = Daemon::builder(&scratch).disk(disk, options).args(arguments).spawn();
-        let builder = FrontEnd::builder().queues(queues).queue_size(QUEUE_SIZE);
-        let front_end = builder.connect(&daemon);
-        Backend { front_end, pid: daemon.pid(), process: Process::Thinlun(daemon) }
+        let builder = Daemon::builder(&Scratch::new()).disk(disk, options);
+        Self::started(builder.args(arguments), queues)
     }
 
     /// Another build of thinlun, with the same disk at the same time.
@@ -67,20 +64,19 @@ impl Backend {
         arguments: &[&str],
         queues: usize,
     ) -> Self {
-        let scratch = Scratch::new();
         let options = format!("{options},locking=off");
-        let builder =
-            Daemon::builder(&scratch).program(program).disk(disk, options.trim_start_matches(','));
-        let daemon = builder.args(arguments).spawn();
-        let builder = FrontEnd::builder().queues(queues).queue_size(QUEUE_SIZE);
-        let front_end = builder.connect(&daemon);
-        Backend { front_end, pid: daemon.pid(), process: Process::Thinlun(daemon) }
+        let builder = Daemon::builder(&Scratch::new()).program(program);
+        let builder = builder.disk(disk, options.trim_start_matches(','));
+        Self::started(builder.args(arguments), queues)
     }
 
     /// thinlun with several disks.
     pub fn thinlun_with(disks: &[PathBuf], queues: usize) -> Self {
-        let scratch = Scratch::new();
-        let builder = disks.iter().fold(Daemon::builder(&scratch), |b, disk| b.disk(disk, ""));
+        let builder = Daemon::builder(&Scratch::new());
+        Self::started(disks.iter().fold(builder, |b, disk| b.disk(disk, "")), queues)
+    }
+
+    fn started(builder: DaemonBuilder, queues: usize) -> Self {
         let daemon = builder.spawn();
         let builder = FrontEnd::builder().queues(queues).queue_size(QUEUE_SIZE);
         let front_end = builder.connect(&daemon);
@@ -89,10 +85,8 @@ impl Backend {
 
     /// thinlun with a disk, inside another program.
     pub fn thinlun_under(program: &str, arguments: &[&str], disk: &Path) -> Self {
-        let scratch = Scratch::new();
-        let daemon = Daemon::builder(&scratch).under(program, arguments).disk(disk, "").spawn();
-        let front_end = FrontEnd::builder().queue_size(QUEUE_SIZE).connect(&daemon);
-        Backend { front_end, pid: daemon.pid(), process: Process::Thinlun(daemon) }
+        let builder = Daemon::builder(&Scratch::new()).under(program, arguments);
+        Self::started(builder.disk(disk, ""), 1)
     }
 
     /// Ends thinlun; returns what it said.
