@@ -4,10 +4,12 @@
 //! `cargo bench --bench data_plane -- [--all] [--only TEXT] [--seconds N] [--json FILE] [--svg FILE] [--driver-cpu N]
 //! [--against PROGRAM] [--rounds N]`
 //!
-//! Needs 1 GiB in /dev/shm and in the temporary directory. fio (Debian) and vhost-device-scsi
-//! (`cargo install vhost-device-scsi`) are measured if they are installed. Everything is measured in turns in one
-//! run; the table shows medians. `--against` has another build of thinlun in the place of vhost-device-scsi: whether a
-//! change made it faster is seen in one run or not at all.
+//! Needs 1 GiB in /dev/shm and 2 in the temporary directory. fio (Debian) and vhost-device-scsi
+//! (`cargo install vhost-device-scsi`) are measured if they are installed. `--against` has another build of thinlun in
+//! the place of vhost-device-scsi: whether a change made it faster is seen in one run or not at all.
+//!
+//! All contestants have their turns beside each other, and the rounds go through all loads, so that a load is not
+//! judged by the minute in which it happened to be measured. A ratio is the median of what the turns of a round gave.
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
 
 mod chart;
@@ -56,6 +58,54 @@ impl Place {
     }
 }
 
+/// A file, the back ends that serve it, and the loads on how many queues that they are measured under.
+struct Station {
+    place: Place,
+    file: PathBuf,
+    ours: Backend,
+    peer: Option<Backend>,
+    loads: Vec<(Load, usize)>,
+}
+
+impl Station {
+    /// `None` if no load is wanted.
+    fn new(place: Place, file: &Path, options: &Options, scratch: &Scratch) -> Option<Self> {
+        let only = options.value("--only").unwrap_or_default();
+        let mut loads = loads(options);
+        loads.retain(|(load, queues)| title(place, load, *queues).contains(only));
+        let queues = loads.iter().map(|(_, queues)| *queues).max()?;
+        fill(file, place);
+        let arguments: Vec<&str> =
+            options.value("--with").iter().flat_map(|a| a.split(' ')).collect();
+        let ours = Backend::thinlun(file, place.options(), &arguments, queues);
+        let peer = match options.value("--against") {
+            Some(program) => {
+                let program = Path::new(program);
+                Some(Backend::other_thinlun(program, file, place.options(), &arguments, queues))
+            }
+            None if place == Place::Direct => None,
+            None => Backend::vhost_device_scsi(file, scratch),
+        };
+        Some(Station { place, file: file.into(), ours, peer, loads })
+    }
+
+    fn rows(&self) -> impl Iterator<Item = Row> {
+        let title = |(load, queues): &(Load, usize)| title(self.place, load, *queues);
+        self.loads.iter().map(move |load| Row::new(title(load)))
+    }
+
+    /// A turn of each contestant.
+    fn turns(&self, load: &Load, queues: usize, time: Duration) -> [Option<Sample>; 4] {
+        let ours = self.ours.sample(load, queues, time);
+        if queues > 1 {
+            return [Some(ours), None, None, None];
+        }
+        let fio = |engine| fio(engine, &self.file, self.place == Place::Direct, load, time);
+        let peer = self.peer.as_ref().map(|peer| peer.sample(load, 1, time));
+        [Some(ours), peer, fio("psync"), fio("io_uring")]
+    }
+}
+
 struct Options(Vec<String>);
 
 impl Options {
@@ -80,34 +130,15 @@ fn main() {
     let scratch = Scratch::new();
     let memory = PathBuf::from(format!("/dev/shm/thinlun-bench-{}.img", std::process::id()));
     let disk = scratch.join("disk.img");
-    let mut report = Report::default();
-    for place in [Place::Memory, Place::Cache, Place::Direct] {
-        let file = if place == Place::Memory { &memory } else { &disk };
-        let loads: Vec<(Load, usize)> = loads(&options)
-            .into_iter()
-            .filter(|(load, queues)| title(place, load, *queues).contains(only))
-            .collect();
-        if loads.is_empty() {
-            continue;
-        }
-        fill(file, place);
-        let queues = loads.iter().map(|(_, queues)| *queues).max().unwrap_or(1);
-        let arguments: Vec<&str> =
-            options.value("--with").iter().flat_map(|a| a.split(' ')).collect();
-        let ours = Backend::thinlun(file, place.options(), &arguments, queues);
-        let peer = match options.value("--against") {
-            Some(program) => {
-                let program = Path::new(program);
-                Some(Backend::other_thinlun(program, file, place.options(), &arguments, queues))
-            }
-            None if place == Place::Direct => None,
-            None => Backend::vhost_device_scsi(file, &scratch),
-        };
-        for (load, queues) in loads {
-            let row = measure(place, file, &ours, peer.as_ref(), &load, queues, turns);
-            report.add(row);
-        }
+    let direct = scratch.join("direct.img");
+    let mut stations = Vec::new();
+    for (place, file) in [(Place::Memory, &memory), (Place::Cache, &disk), (Place::Direct, &direct)]
+    {
+        stations.extend(Station::new(place, file, &options, &scratch));
     }
+    let mut report = Report { rows: measure(&stations, turns), ..Report::default() };
+    drop(stations);
+    report.print_rows();
     if only.is_empty() || "sharing".contains(only) {
         sharing(&mut report, turns);
     }
@@ -220,26 +251,16 @@ fn fill(file: &Path, place: Place) {
     }
 }
 
-/// All contestants in turns.
-fn measure(
-    place: Place,
-    file: &Path,
-    ours: &Backend,
-    peer: Option<&Backend>,
-    load: &Load,
-    queues: usize,
-    turns: Turns,
-) -> Row {
-    let Turns { rounds, time } = turns;
-    let direct = place == Place::Direct;
-    let mut samples: [Vec<Sample>; 4] = Default::default();
-    for _ in 0..rounds {
-        samples[0].push(ours.sample(load, queues, time));
-        if queues == 1 {
-            samples[1].extend(peer.map(|peer| peer.sample(load, 1, time)));
-            samples[2].extend(fio("psync", file, direct, load, time));
-            samples[3].extend(fio("io_uring", file, direct, load, time));
+/// Measures all loads in rounds, in each of which every contestant has its turn.
+fn measure(stations: &[Station], turns: Turns) -> Vec<Row> {
+    let mut rows: Vec<Row> = stations.iter().flat_map(Station::rows).collect();
+    for round in 1..=turns.rounds {
+        eprint!("\rround {round} of {} ", turns.rounds);
+        let loads = stations.iter().flat_map(|s| s.loads.iter().map(move |load| (s, load)));
+        for ((station, (load, queues)), row) in loads.zip(&mut rows) {
+            row.add(station.turns(load, *queues, turns.time));
         }
     }
-    Row::new(title(place, load, queues), samples)
+    eprintln!();
+    rows
 }
