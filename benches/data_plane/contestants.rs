@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::frontend::daemon::{DaemonBuilder, Diagnosis};
@@ -145,7 +145,9 @@ impl Backend {
                     let start = load.start + span * n as u64;
                     let load = Load { start, span, seed: load.seed + n as u64, ..*load };
                     scope.spawn(move || {
-                        stay_on_driver_cpu();
+                        if load.driver == Driver::Polls {
+                            stay_on_driver_cpu();
+                        }
                         load::run(&lun, &load, time)
                     })
                 })
@@ -155,12 +157,24 @@ impl Backend {
     }
 }
 
-/// The processor that drivers poll on, if one was chosen: where a device interrupts one processor only, a driver that
-/// happens to poll there keeps the back end away from it.
-pub static DRIVER_CPU: OnceLock<usize> = OnceLock::new();
+/// The processor that drivers poll on, and the others.
+static DRIVER_CPU: OnceLock<(usize, Vec<usize>)> = OnceLock::new();
+
+/// Chooses a processor for drivers that poll, if there is more than one: where a device interrupts one processor only,
+/// chance would decide otherwise whether a driver keeps the back end away from it.
+pub fn choose_driver_cpu(wanted: Option<&str>) {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).expect("the processors we may use");
+    let mut others: Vec<usize> =
+        (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false)).collect();
+    let wanted = wanted.map_or(others[0], |cpu| cpu.parse().expect("a processor's number"));
+    others.retain(|cpu| *cpu != wanted);
+    if !others.is_empty() {
+        DRIVER_CPU.get_or_init(|| (wanted, others));
+    }
+}
 
 fn stay_on_driver_cpu() {
-    let Some(cpu) = DRIVER_CPU.get() else { return };
+    let Some((cpu, _)) = DRIVER_CPU.get() else { return };
     let mut set = CpuSet::new();
     set.set(*cpu).expect("a processor");
     sched_setaffinity(Pid::from_raw(0), &set).expect("--driver-cpu");
@@ -195,6 +209,10 @@ pub fn fio(engine: &str, file: &Path, direct: bool, load: &Load, time: Duration)
     command.args(["--time_based", "--norandommap", "--thread", "--invalidate=0", "--fsync=0"]);
     command.args(["--lat_percentiles=1", "--clat_percentiles=0"]);
     command.args(mixed.then_some("--rwmixread=70"));
+    command.args(DRIVER_CPU.get().map(|(_, others)| {
+        let others: Vec<String> = others.iter().map(usize::to_string).collect();
+        set("cpus_allowed", others.join(","))
+    }));
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().ok()?;
     let mut text = String::new();
     child.stdout.take()?.read_to_string(&mut text).ok()?;

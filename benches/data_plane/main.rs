@@ -10,6 +10,8 @@
 //!
 //! All contestants have their turns beside each other, and the rounds go through all loads, so that a load is not
 //! judged by the minute in which it happened to be measured. A ratio is the median of what the turns of a round gave.
+//! A driver that polls has a processor for itself (the first, or that of `--driver-cpu`); fio runs on the others, as the
+//! back ends do.
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
 
 mod chart;
@@ -94,15 +96,28 @@ impl Station {
         self.loads.iter().map(move |load| Row::new(title(load)))
     }
 
-    /// A turn of each contestant.
-    fn turns(&self, load: &Load, queues: usize, time: Duration) -> [Option<Sample>; 4] {
-        let ours = self.ours.sample(load, queues, time);
-        if queues > 1 {
-            return [Some(ours), None, None, None];
-        }
+    /// A turn of each contestant, each round beginning with another: whoever is first has the device as the load
+    /// before has left it.
+    fn turns(
+        &self,
+        load: &Load,
+        queues: usize,
+        time: Duration,
+        round: usize,
+    ) -> [Option<Sample>; 4] {
         let fio = |engine| fio(engine, &self.file, self.place == Place::Direct, load, time);
-        let peer = self.peer.as_ref().map(|peer| peer.sample(load, 1, time));
-        [Some(ours), peer, fio("psync"), fio("io_uring")]
+        let mut samples = [None; 4];
+        for turn in 0..samples.len() {
+            let contestant = (turn + round) % samples.len();
+            samples[contestant] = match contestant {
+                0 => Some(self.ours.sample(load, queues, time)),
+                _ if queues > 1 => None,
+                1 => self.peer.as_ref().map(|peer| peer.sample(load, 1, time)),
+                2 => fio("psync"),
+                _ => fio("io_uring"),
+            };
+        }
+        samples
     }
 }
 
@@ -124,9 +139,7 @@ fn main() {
     let seconds = options.value("--seconds").map_or(1.0, |n| n.parse().expect("seconds"));
     let rounds = options.value("--rounds").map_or(5, |n| n.parse().expect("rounds"));
     let turns = Turns { rounds, time: Duration::from_secs_f64(seconds) };
-    if let Some(cpu) = options.value("--driver-cpu") {
-        let _ = contestants::DRIVER_CPU.set(cpu.parse().expect("a processor's number"));
-    }
+    contestants::choose_driver_cpu(options.value("--driver-cpu"));
     let scratch = Scratch::new();
     let memory = PathBuf::from(format!("/dev/shm/thinlun-bench-{}.img", std::process::id()));
     let disk = scratch.join("disk.img");
@@ -258,7 +271,7 @@ fn measure(stations: &[Station], turns: Turns) -> Vec<Row> {
         eprint!("\rround {round} of {} ", turns.rounds);
         let loads = stations.iter().flat_map(|s| s.loads.iter().map(move |load| (s, load)));
         for ((station, (load, queues)), row) in loads.zip(&mut rows) {
-            row.add(station.turns(load, *queues, turns.time));
+            row.add(station.turns(load, *queues, turns.time, round));
         }
     }
     eprintln!();
