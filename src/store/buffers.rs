@@ -21,13 +21,11 @@ pub struct Buffers {
     owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
-/// Segments of a list that has no vector: a header, a response, and the data behind them if it lies in one piece.
-const FEW: usize = 2;
-
-/// Segments in the kernel's form. A queue thread makes several lists for each request, so that hardly any of them is
-/// allocated: short ones lie where they are used, and the vectors of long ones are used again.
+/// Segments in the kernel's form. A queue thread makes lists for each request, so that hardly any of them is
+/// allocated: a single segment lies where it is used, and the vectors of long lists are used again.
 enum Segments {
-    Few { count: usize, all: [libc::iovec; FEW] },
+    /// One; none if it is empty.
+    One(libc::iovec),
     Many(Vec<libc::iovec>),
 }
 
@@ -41,12 +39,11 @@ thread_local! {
 }
 
 impl Segments {
-    const NONE: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-
     #[inline]
     fn as_slice(&self) -> &[libc::iovec] {
         match self {
-            Segments::Few { count, all } => all.get(..*count).unwrap_or_default(),
+            Segments::One(one) if one.iov_len == 0 => &[],
+            Segments::One(one) => std::slice::from_ref(one),
             Segments::Many(all) => all,
         }
     }
@@ -54,22 +51,18 @@ impl Segments {
     #[inline]
     fn first_mut(&mut self) -> Option<&mut libc::iovec> {
         match self {
-            Segments::Few { count, all } => all.get_mut(..*count)?.first_mut(),
+            Segments::One(one) => Some(one).filter(|one| one.iov_len > 0),
             Segments::Many(all) => all.first_mut(),
         }
     }
 
+    /// Adds a segment that is not empty.
     #[inline]
     fn push(&mut self, base: *mut u8, len: usize) {
         let segment = libc::iovec { iov_base: base.cast(), iov_len: len };
         match self {
-            Segments::Few { count, all } => match all.get_mut(*count) {
-                Some(place) => {
-                    *place = segment;
-                    *count += 1;
-                }
-                None => self.push_many(segment),
-            },
+            Segments::One(one) if one.iov_len == 0 => *one = segment,
+            Segments::One(_) => self.push_many(segment),
             Segments::Many(all) => all.push(segment),
         }
     }
@@ -84,7 +77,7 @@ impl Segments {
 
     /// The segments in a vector.
     fn as_vec(&mut self) -> &[libc::iovec] {
-        if let Segments::Few { .. } = self {
+        if let Segments::One(_) = self {
             let mut many = spare();
             many.extend_from_slice(self.as_slice());
             *self = Segments::Many(many);
@@ -96,10 +89,8 @@ impl Segments {
     #[inline]
     fn drop_first(&mut self, gone: usize) {
         match self {
-            Segments::Few { count, all } => {
-                all.copy_within(gone..*count, 0);
-                *count -= gone;
-            }
+            Segments::One(one) if gone > 0 => one.iov_len = 0,
+            Segments::One(_) => {}
             Segments::Many(all) => drop(all.drain(..gone)),
         }
     }
@@ -108,7 +99,7 @@ impl Segments {
 impl Default for Segments {
     #[inline]
     fn default() -> Self {
-        Segments::Few { count: 0, all: [Self::NONE; FEW] }
+        Segments::One(libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 })
     }
 }
 
@@ -283,23 +274,6 @@ impl Buffers {
             first.iov_len -= left;
         }
         self
-    }
-
-    /// Has the processor fetch the first `len` bytes of the first segment, which somebody else has written or will be
-    /// written to: a hint, which costs next to nothing and never faults.
-    pub fn fetch(&self, len: usize) {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(first) = self.iovecs().first() {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let last = len.min(first.iov_len).saturating_sub(1);
-            for at in [0, last] {
-                let byte = first.iov_base.cast::<i8>().cast_const().wrapping_add(at);
-                // SAFETY: a prefetch reads nothing, wherever it points.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(byte) };
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = len;
     }
 
     /// Copies out of the list from `offset` on, as much as `into` holds or the list has; returns

@@ -9,6 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use super::dirty_log::DirtyLog;
 use super::memory::GuestMemory;
 use super::split_ring::{DESCRIPTOR_SIZE, Descriptor, DescriptorTable, SplitRing};
+use super::wire::{CommandHeader, CommandResponse};
 use crate::scsi::lun;
 use crate::store::Buffers;
 
@@ -28,8 +29,49 @@ pub(super) struct Chain {
     pub readable: Buffers,
     /// Device's part.
     pub writable: Buffers,
+}
+
+/// A command as the driver laid it out (VIRTIO 1.3 5.6.6.1): a header and data-out for the device to read, a response
+/// and data-in for it to write.
+#[derive(Debug)]
+pub(super) struct CommandChain {
+    /// Names the chain in the used ring.
+    pub head: u16,
+    /// The header, as much of it as there is.
+    pub header: Part,
+    /// Room for a response.
+    pub response: Part,
+    /// What comes behind the header.
+    pub data_out: Buffers,
+    /// What comes behind the response.
+    pub data_in: Buffers,
     /// It was taken before, by a process that has ended without an answer.
     pub again: bool,
+}
+
+/// A part of a command that has a fixed length.
+#[derive(Debug)]
+pub(super) enum Part {
+    /// Nothing.
+    Nothing,
+    /// All of it in one piece, as nearly always, at this guest address. Nothing is held for it: it is looked up again
+    /// when it is read or written.
+    Whole(u64),
+    /// As much of it as there is, in several pieces.
+    Pieces(Box<Buffers>),
+}
+
+/// A part that is looked for.
+struct Wanted {
+    part: Part,
+    /// Bytes of it that are still to come.
+    missing: usize,
+}
+
+impl Wanted {
+    fn new(len: usize) -> Self {
+        Wanted { part: Part::Nothing, missing: len }
+    }
 }
 
 /// Makes chains of descriptors. Each queue has one of its own, so that counting references touches no
@@ -70,7 +112,7 @@ impl Chains {
     /// # Errors
     /// What is wrong with a chain that breaks the rules: it cannot be answered, only given back.
     pub(super) fn resolve(&mut self, ring: &SplitRing, head: u16) -> Result<Chain, &'static str> {
-        let (mut readable, mut writable) = (self.no_buffers(), self.no_buffers());
+        let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
         self.walk(ring, head, |chains, descriptor| {
             let list = match descriptor.is_writable() {
                 true => &mut writable,
@@ -79,9 +121,115 @@ impl Chains {
                 false => &mut readable,
             };
             let (address, len) = (descriptor.address.get(), descriptor.len.get());
-            chains.append(address, len, list).ok_or("descriptor outside guest memory")
+            chains.append(address, len as usize, list).ok_or("descriptor outside guest memory")
         })?;
-        Ok(Chain { head, readable, writable, again: false })
+        Ok(Chain { head, readable, writable })
+    }
+
+    /// The command whose chain begins at descriptor `head`. Its header and response are on their way to this processor
+    /// when it returns.
+    ///
+    /// # Errors
+    /// As [`Chains::resolve`]; and if there is no room for a response.
+    pub(super) fn resolve_command(
+        &mut self,
+        ring: &SplitRing,
+        head: u16,
+    ) -> Result<CommandChain, &'static str> {
+        let mut header = Wanted::new(size_of::<CommandHeader>());
+        let mut response = Wanted::new(size_of::<CommandResponse>());
+        let (mut data_out, mut data_in) = (Buffers::default(), Buffers::default());
+        self.walk(ring, head, |chains, descriptor| {
+            let (wanted, data) = match descriptor.is_writable() {
+                true => (&mut response, &mut data_in),
+                // VIRTIO 1.3 2.7.4.2, as above.
+                false if !matches!(response.part, Part::Nothing) => {
+                    return Err("readable after writable descriptor");
+                }
+                false => (&mut header, &mut data_out),
+            };
+            let (address, len) = (descriptor.address.get(), descriptor.len.get());
+            chains.share_out(address, len, wanted, data).ok_or("descriptor outside guest memory")
+        })?;
+        if response.missing > 0 {
+            return Err("no room for a response");
+        }
+        let (header, response) = (header.part, response.part);
+        Ok(CommandChain { head, header, response, data_out, data_in, again: false })
+    }
+
+    /// Gives the first bytes of a range to the part that is wanted, the rest to the data.
+    #[inline]
+    fn share_out(
+        &mut self,
+        address: u64,
+        len: u32,
+        wanted: &mut Wanted,
+        data: &mut Buffers,
+    ) -> Option<()> {
+        let taken = wanted.missing.min(len as usize);
+        let rest = len as usize - taken;
+        if taken > 0 {
+            wanted.missing -= taken;
+            let whole = wanted.missing == 0 && matches!(wanted.part, Part::Nothing);
+            match self.host(address, taken as u64).filter(|_| whole) {
+                Some(host) => {
+                    fetch(host, taken);
+                    wanted.part = Part::Whole(address);
+                }
+                None => self.add_piece(address, taken, wanted)?,
+            }
+        }
+        match rest {
+            0 => Some(()),
+            _ => self.append(address.checked_add(taken as u64)?, rest, data),
+        }
+    }
+
+    #[cold]
+    fn add_piece(&mut self, address: u64, len: usize, wanted: &mut Wanted) -> Option<()> {
+        let mut pieces = match std::mem::replace(&mut wanted.part, Part::Nothing) {
+            Part::Pieces(pieces) => pieces,
+            Part::Nothing | Part::Whole(_) => Box::default(),
+        };
+        self.append(address, len, &mut pieces)?;
+        wanted.part = Part::Pieces(pieces);
+        Some(())
+    }
+
+    /// Copies out of a part, as much as there is of it; returns the number of bytes.
+    #[inline]
+    pub(super) fn read(&mut self, part: &Part, into: &mut [u8]) -> usize {
+        match part {
+            Part::Nothing => 0,
+            Part::Whole(address) => match self.host(*address, into.len() as u64) {
+                Some(host) => {
+                    // SAFETY: `host` has found as many bytes; Rust references to guest memory do not exist.
+                    unsafe { host.copy_to_nonoverlapping(into.as_mut_ptr(), into.len()) };
+                    into.len()
+                }
+                None => 0,
+            },
+            Part::Pieces(pieces) => pieces.read_at(0, into),
+        }
+    }
+
+    /// Copies into a part; returns the number of bytes. In one piece it is written to where the driver's memory is
+    /// now: should that no longer be there, nobody looks at it either.
+    #[inline]
+    pub(super) fn write(&mut self, part: &Part, from: &[u8]) -> usize {
+        match part {
+            Part::Nothing => 0,
+            Part::Whole(address) => match self.host(*address, from.len() as u64) {
+                Some(host) => {
+                    // SAFETY: as in `read`, the other way round.
+                    unsafe { host.copy_from_nonoverlapping(from.as_ptr(), from.len()) };
+                    from.len()
+                }
+                None => 0,
+            },
+            Part::Pieces(pieces) => pieces.write_at(0, from),
+        }
     }
 
     /// Marks what a chain, which is answered now, lets the device write to. The driver may have changed it since it
@@ -125,10 +273,6 @@ impl Chains {
         Err("chain without an end")
     }
 
-    fn no_buffers(&self) -> Buffers {
-        Buffers::of(Arc::clone(&self.owner))
-    }
-
     /// The table that a descriptor refers to: where it lies, or a copy if it lies in several places. It is there until
     /// the next one is looked for.
     fn indirect(&mut self, descriptor: &Descriptor) -> Result<DescriptorTable, &'static str> {
@@ -158,13 +302,16 @@ impl Chains {
     }
 
     /// Adds the pieces of a guest-physical range; `None` if part of it is not memory.
-    fn append(&mut self, address: u64, len: u32, list: &mut Buffers) -> Option<()> {
-        if let Some(host) = self.host(address, len.into()) {
+    fn append(&mut self, address: u64, len: usize, list: &mut Buffers) -> Option<()> {
+        if list.is_empty() {
+            *list = Buffers::of(Arc::clone(&self.owner));
+        }
+        if let Some(host) = self.host(address, len as u64) {
             // SAFETY: the list's owner keeps it mapped; Rust references to guest memory do not exist.
-            unsafe { list.push(host, len as usize) };
+            unsafe { list.push(host, len) };
             return Some(());
         }
-        for slice in self.memory.get_slices(GuestAddress(address), len as usize) {
+        for slice in self.memory.get_slices(GuestAddress(address), len) {
             let slice = slice.ok()?;
             // SAFETY: as above.
             unsafe { list.push(slice.ptr_guard_mut().as_ptr(), slice.len()) };
@@ -173,6 +320,7 @@ impl Chains {
     }
 
     /// Where a range lies on the host, if one region holds all of it.
+    #[inline]
     fn host(&mut self, address: u64, len: u64) -> Option<*mut u8> {
         let end = address.checked_add(len)?;
         if address < self.near.start || end > self.near.end {
@@ -184,6 +332,7 @@ impl Chains {
         inside.then(|| unsafe { self.near.host.add(offset) })
     }
 
+    #[cold]
     fn find(&mut self, address: u64) {
         if let Some(region) = self.memory.find_region(GuestAddress(address)) {
             let start = region.start_addr().0;
@@ -191,4 +340,18 @@ impl Chains {
             self.near = Near { start, end, host: region.as_ptr() };
         }
     }
+}
+
+/// Has the processor fetch `len` bytes, which another has written or will look at: a hint, which costs next to nothing
+/// and never faults.
+#[inline]
+fn fetch(at: *mut u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for byte in [0, len.saturating_sub(1)] {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast_const().cast::<i8>().wrapping_add(byte)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (at, len);
 }

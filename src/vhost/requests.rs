@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nix::sys::eventfd::EventFd;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::guest_buf::Chain;
+use super::guest_buf::{CommandChain, Part};
 use super::message::{Message, Sweep};
 use super::order::{Attribute, Order};
 use super::ring::Ring;
@@ -15,9 +15,9 @@ use super::worker::Service;
 use crate::scsi::{
     self, Cdb, Delivery, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer,
 };
+use crate::store::Cause;
 use crate::store::engine::uring::UringEngine;
 use crate::store::engine::{Completion, Engine, EngineKind, Finished, Token};
-use crate::store::{Buffers, Cause};
 
 /// Requests taken in one pass before completions are looked at again.
 const BATCH: usize = 64;
@@ -30,7 +30,7 @@ const TOGETHER: usize = 8;
 struct Received {
     head: u16,
     tag: u64,
-    response: Buffers,
+    response: Part,
     data: DataPhase,
 }
 
@@ -64,7 +64,7 @@ pub(super) struct RequestQueue {
     /// Commands that may not begin yet.
     order: Order<(Received, [u8; 8], Request)>,
     /// Taken together and not looked at yet: empty but while requests are taken.
-    taken: Vec<Chain>,
+    taken: Vec<CommandChain>,
     completions: Vec<Completion<Outcome>>,
     /// What is ended early is not answered: it stays noted as in flight.
     leaves: bool,
@@ -134,17 +134,12 @@ impl RequestQueue {
         }
     }
 
-    fn receive(&mut self, ring: &mut Ring, chain: Chain) {
-        let Chain { head, readable, writable, again } = chain;
+    fn receive(&mut self, ring: &mut Ring, chain: CommandChain) {
+        let CommandChain { head, header: part, response, data_out, data_in, again } = chain;
         let mut header = [0; size_of::<CommandHeader>()];
-        if writable.len() < size_of::<CommandResponse>() {
-            return ring.refuse(head, "no room for a response");
-        }
-        let (response, data_in) = writable.split(size_of::<CommandResponse>());
-        if readable.read_at(0, &mut header) < header.len() {
+        if ring.read(&part, &mut header) < header.len() {
             return fail(ring, head, &response, data_in.len());
         }
-        let data_out = readable.skip(header.len());
         let Ok((header, _)) = CommandHeader::ref_from_prefix(&header) else {
             return fail(ring, head, &response, data_in.len());
         };
@@ -317,9 +312,7 @@ impl Service for RequestQueue {
         for _ in 0..BATCH / TOGETHER {
             let room = ring.size().saturating_sub(self.in_flight());
             for _ in 0..room.min(TOGETHER) {
-                let Some(chain) = ring.pop() else { break };
-                chain.readable.fetch(size_of::<CommandHeader>());
-                chain.writable.fetch(size_of::<CommandResponse>());
+                let Some(chain) = ring.pop_command() else { break };
                 taken.push(chain);
             }
             more = !taken.is_empty();
@@ -397,14 +390,15 @@ impl Received {
             None => CommandResponse::new(outcome, self.data.len),
             Some(how) => CommandResponse::ended(how, self.data.len),
         };
-        let header = self.response.write_at(0, response.as_bytes());
+        let header = ring.write(&self.response, response.as_bytes());
         let data = if self.data.to_driver { outcome.transferred } else { 0 };
         ring.push(self.head, header + data);
     }
 }
 
 /// A request that is not one: no status, VIRTIO_SCSI_S_FAILURE.
-fn fail(ring: &mut Ring, head: u16, room: &Buffers, data_len: usize) {
+fn fail(ring: &mut Ring, head: u16, room: &Part, data_len: usize) {
     let response = CommandResponse::bare(Response::Failure, data_len);
-    ring.push(head, room.write_at(0, response.as_bytes()));
+    let written = ring.write(room, response.as_bytes());
+    ring.push(head, written);
 }

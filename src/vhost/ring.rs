@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::dirty_log::DirtyLog;
-use super::guest_buf::{Chain, Chains};
+use super::guest_buf::{Chain, Chains, CommandChain, Part};
 use super::inflight::Inflight;
 use super::memory::GuestMemory;
 use super::split_ring::{Layout, SplitRing};
@@ -97,6 +97,21 @@ impl Ring {
     /// The next request, or `None` if there is none, or nothing but wrong ones for as long as the queue is: a
     /// driver that makes them without end holds nobody up.
     pub(super) fn pop(&mut self) -> Option<Chain> {
+        self.pop_as(Chains::resolve).map(|(chain, _)| chain)
+    }
+
+    /// The same, as a command.
+    pub(super) fn pop_command(&mut self) -> Option<CommandChain> {
+        let (mut chain, again) = self.pop_as(Chains::resolve_command)?;
+        chain.again = again;
+        Some(chain)
+    }
+
+    #[inline]
+    fn pop_as<T>(
+        &mut self,
+        resolve: impl Fn(&mut Chains, &SplitRing, u16) -> Result<T, &'static str>,
+    ) -> Option<(T, bool)> {
         for _ in 0..self.parts.size() {
             let (head, again) = match self.left.pop_front() {
                 Some(head) => (head, true),
@@ -105,12 +120,24 @@ impl Ring {
             if let Some(inflight) = &mut self.inflight {
                 inflight.take(head);
             }
-            match self.chains.resolve(&self.parts, head) {
-                Ok(chain) => return Some(Chain { again, ..chain }),
+            match resolve(&mut self.chains, &self.parts, head) {
+                Ok(chain) => return Some((chain, again)),
                 Err(why) => self.refuse(head, why),
             }
         }
         None
+    }
+
+    /// Copies out of a part of a command; returns the number of bytes.
+    #[inline]
+    pub(super) fn read(&mut self, part: &Part, into: &mut [u8]) -> usize {
+        self.chains.read(part, into)
+    }
+
+    /// Copies into a part of a command; returns the number of bytes.
+    #[inline]
+    pub(super) fn write(&mut self, part: &Part, from: &[u8]) -> usize {
+        self.chains.write(part, from)
     }
 
     fn next_head(&mut self) -> Option<u16> {

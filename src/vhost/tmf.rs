@@ -136,7 +136,7 @@ impl ControlQueue {
     }
 
     fn task_management(&mut self, ring: &mut Ring, chain: Chain) {
-        let Chain { head, readable, writable: room, .. } = chain;
+        let Chain { head, readable, writable: room } = chain;
         let request = readable.to_vec(size_of::<TaskManagement>());
         let Ok(request) = TaskManagement::ref_from_bytes(&request) else {
             return ring.refuse(head, "short task management request");
