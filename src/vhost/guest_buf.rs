@@ -2,13 +2,15 @@
 #![allow(unsafe_code)]
 
 use std::any::Any;
+use std::mem::offset_of;
 use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use zerocopy::FromBytes;
 
 use super::dirty_log::DirtyLog;
 use super::memory::GuestMemory;
-use super::split_ring::{DESCRIPTOR_SIZE, Descriptor, DescriptorTable, SplitRing};
+use super::split_ring::{DESCRIPTOR_SIZE, Descriptor, DescriptorTable, SplitRing, read_once};
 use super::wire::{CommandHeader, CommandResponse};
 use crate::scsi::lun;
 use crate::store::Buffers;
@@ -120,7 +122,7 @@ impl Chains {
                 false if !writable.is_empty() => return Err("readable after writable descriptor"),
                 false => &mut readable,
             };
-            let (address, len) = (descriptor.address.get(), descriptor.len.get());
+            let (address, len) = (descriptor.address, descriptor.len);
             chains.append(address, len as usize, list).ok_or("descriptor outside guest memory")
         })?;
         Ok(Chain { head, readable, writable })
@@ -148,7 +150,7 @@ impl Chains {
                 }
                 false => (&mut header, &mut data_out),
             };
-            let (address, len) = (descriptor.address.get(), descriptor.len.get());
+            let (address, len) = (descriptor.address, descriptor.len);
             chains.share_out(address, len, wanted, data).ok_or("descriptor outside guest memory")
         })?;
         if response.missing > 0 {
@@ -197,20 +199,20 @@ impl Chains {
         Some(())
     }
 
-    /// Copies out of a part, as much as there is of it; returns the number of bytes.
+    /// The header of a command; `None` if there is less of it.
     #[inline]
-    pub(super) fn read(&mut self, part: &Part, into: &mut [u8]) -> usize {
+    pub(super) fn header(&mut self, part: &Part) -> Option<CommandHeader> {
         match part {
-            Part::Nothing => 0,
-            Part::Whole(address) => match self.host(*address, into.len() as u64) {
-                Some(host) => {
-                    // SAFETY: `host` has found as many bytes; Rust references to guest memory do not exist.
-                    unsafe { host.copy_to_nonoverlapping(into.as_mut_ptr(), into.len()) };
-                    into.len()
-                }
-                None => 0,
-            },
-            Part::Pieces(pieces) => pieces.read_at(0, into),
+            Part::Nothing => None,
+            Part::Whole(address) => {
+                let host = self.host(*address, size_of::<CommandHeader>() as u64)?;
+                // SAFETY: `host` has found as many bytes.
+                Some(unsafe { read_header(host) })
+            }
+            Part::Pieces(pieces) => {
+                let bytes = pieces.to_vec(size_of::<CommandHeader>());
+                CommandHeader::read_from_bytes(&bytes).ok()
+            }
         }
     }
 
@@ -222,7 +224,7 @@ impl Chains {
             Part::Nothing => 0,
             Part::Whole(address) => match self.host(*address, from.len() as u64) {
                 Some(host) => {
-                    // SAFETY: as in `read`, the other way round.
+                    // SAFETY: `host` has found as many bytes; Rust references to guest memory do not exist.
                     unsafe { host.copy_from_nonoverlapping(from.as_ptr(), from.len()) };
                     from.len()
                 }
@@ -238,8 +240,8 @@ impl Chains {
         let mut left = MAX_WRITTEN;
         let _ = self.walk(ring, head, |_, descriptor| {
             if descriptor.is_writable() {
-                let len = left.min(descriptor.len.get().into());
-                log.mark(descriptor.address.get(), len);
+                let len = left.min(descriptor.len.into());
+                log.mark(descriptor.address, len);
                 left -= len;
             }
             Ok(())
@@ -268,7 +270,7 @@ impl Chains {
             if !descriptor.has_next() {
                 return Ok(());
             }
-            descriptor = table.get(descriptor.next.get()).ok_or("descriptor outside its table")?;
+            descriptor = table.get(descriptor.next).ok_or("descriptor outside its table")?;
         }
         Err("chain without an end")
     }
@@ -276,7 +278,7 @@ impl Chains {
     /// The table that a descriptor refers to: where it lies, or a copy if it lies in several places. It is there until
     /// the next one is looked for.
     fn indirect(&mut self, descriptor: &Descriptor) -> Result<DescriptorTable, &'static str> {
-        let len = descriptor.len.get() as usize;
+        let len = descriptor.len as usize;
         if descriptor.has_next() {
             return Err("indirect descriptor with another behind it");
         }
@@ -284,7 +286,7 @@ impl Chains {
         if !len.is_multiple_of(DESCRIPTOR_SIZE) || !(1..=MAX_DESCRIPTORS).contains(&entries) {
             return Err("indirect table of a wrong length");
         }
-        let address = descriptor.address.get();
+        let address = descriptor.address;
         let host = match self.host(address, len as u64) {
             Some(host) => host.cast_const(),
             None => self.copy_table(address, len)?,
@@ -338,6 +340,27 @@ impl Chains {
             let start = region.start_addr().0;
             let end = start.saturating_add(region.len());
             self.near = Near { start, end, host: region.as_ptr() };
+        }
+    }
+}
+
+/// A command's header: in words, each of which goes straight to where it is used.
+///
+/// # Safety
+/// There must be as many mapped bytes.
+#[inline]
+unsafe fn read_header(host: *const u8) -> CommandHeader {
+    // SAFETY: all of it lies inside the header.
+    unsafe {
+        let word = |at| read_once::<u64>(host.add(at));
+        let cdb = offset_of!(CommandHeader, cdb);
+        CommandHeader {
+            lun: word(offset_of!(CommandHeader, lun)).to_ne_bytes(),
+            tag: zerocopy::transmute!(word(offset_of!(CommandHeader, tag))),
+            task_attribute: read_once(host.add(offset_of!(CommandHeader, task_attribute))),
+            _priority: 0,
+            _crn: 0,
+            cdb: zerocopy::transmute!([word(cdb), word(cdb + 8), word(cdb + 16), word(cdb + 24)]),
         }
     }
 }

@@ -4,13 +4,13 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use nix::sys::eventfd::EventFd;
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::IntoBytes;
 
 use super::guest_buf::{CommandChain, Part};
 use super::message::{Message, Sweep};
 use super::order::{Attribute, Order};
 use super::ring::Ring;
-use super::wire::{CommandHeader, CommandResponse, Ended, Response};
+use super::wire::{CommandResponse, Ended, Response};
 use super::worker::Service;
 use crate::scsi::{
     self, Cdb, Delivery, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer,
@@ -135,12 +135,8 @@ impl RequestQueue {
     }
 
     fn receive(&mut self, ring: &mut Ring, chain: CommandChain) {
-        let CommandChain { head, header: part, response, data_out, data_in, again } = chain;
-        let mut header = [0; size_of::<CommandHeader>()];
-        if ring.read(&part, &mut header) < header.len() {
-            return fail(ring, head, &response, data_in.len());
-        }
-        let Ok((header, _)) = CommandHeader::ref_from_prefix(&header) else {
+        let CommandChain { head, header, response, data_out, data_in, again } = chain;
+        let Some(header) = ring.header(&header) else {
             return fail(ring, head, &response, data_in.len());
         };
         if !data_in.is_empty() && !data_out.is_empty() {

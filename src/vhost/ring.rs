@@ -11,6 +11,7 @@ use super::guest_buf::{Chain, Chains, CommandChain, Part};
 use super::inflight::Inflight;
 use super::memory::GuestMemory;
 use super::split_ring::{Layout, SplitRing};
+use super::wire::CommandHeader;
 
 /// Largest queue we serve.
 pub(super) const MAX_QUEUE_SIZE: u16 = 1024;
@@ -128,10 +129,10 @@ impl Ring {
         None
     }
 
-    /// Copies out of a part of a command; returns the number of bytes.
+    /// The header of a command; `None` if there is less of it.
     #[inline]
-    pub(super) fn read(&mut self, part: &Part, into: &mut [u8]) -> usize {
-        self.chains.read(part, into)
+    pub(super) fn header(&mut self, part: &Part) -> Option<CommandHeader> {
+        self.chains.header(part)
     }
 
     /// Copies into a part of a command; returns the number of bytes.

@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
 use vm_memory::{GuestAddress, GuestMemoryBackend};
-use zerocopy::little_endian::{U16, U32, U64};
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use super::memory::GuestMemory;
 
@@ -20,34 +18,46 @@ const USED_ENTRY: usize = 8;
 /// VIRTQ_USED_F_NO_NOTIFY.
 const NO_NOTIFY: u16 = 1;
 
-/// `struct virtq_desc`.
-#[derive(Clone, Copy, Debug, FromBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
+/// `struct virtq_desc`, in numbers of the host.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Descriptor {
-    pub address: U64,
-    pub len: U32,
-    flags: U16,
-    pub next: U16,
+    pub address: u64,
+    pub len: u32,
+    flags: u16,
+    pub next: u16,
 }
 
 /// Bytes of a descriptor.
-pub(super) const DESCRIPTOR_SIZE: usize = size_of::<Descriptor>();
+pub(super) const DESCRIPTOR_SIZE: usize = 16;
+
+/// What stands at a place that the driver may change at any moment, aligned or not: it is read exactly once.
+///
+/// # Safety
+/// There must be a `T` of mapped bytes, and any bytes must be one.
+#[inline]
+pub(super) unsafe fn read_once<T: Copy>(at: *const u8) -> T {
+    #[repr(C, packed)]
+    #[derive(Clone, Copy)]
+    struct Unaligned<T>(T);
+    // SAFETY: as the caller says; a packed structure is aligned anywhere.
+    unsafe { at.cast::<Unaligned<T>>().read_volatile().0 }
+}
 
 impl Descriptor {
     pub(super) fn has_next(&self) -> bool {
-        self.flags.get() & 1 != 0
+        self.flags & 1 != 0
     }
 
     pub(super) fn is_writable(&self) -> bool {
-        self.flags.get() & 2 != 0
+        self.flags & 2 != 0
     }
 
     pub(super) fn is_indirect(&self) -> bool {
-        self.flags.get() & 4 != 0
+        self.flags & 4 != 0
     }
 }
 
-/// A table of descriptors in memory that the driver may change at any moment: each entry is read once, as a whole.
+/// A table of descriptors in memory that the driver may change at any moment: no field is read twice.
 #[derive(Clone, Copy)]
 pub(super) struct DescriptorTable {
     first: *const u8,
@@ -74,13 +84,16 @@ impl DescriptorTable {
         if index >= self.count {
             return None;
         }
-        let mut bytes = [0; DESCRIPTOR_SIZE];
-        // SAFETY: the table has `count` descriptors.
+        // SAFETY: the table has `count` descriptors, of 8, 4, 2 and 2 bytes.
         unsafe {
-            let from = self.first.add(DESCRIPTOR_SIZE * index);
-            from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len());
+            let descriptor = self.first.add(DESCRIPTOR_SIZE * index);
+            Some(Descriptor {
+                address: u64::from_le(read_once(descriptor)),
+                len: u32::from_le(read_once(descriptor.add(8))),
+                flags: u16::from_le(read_once(descriptor.add(12))),
+                next: u16::from_le(read_once(descriptor.add(14))),
+            })
         }
-        Some(zerocopy::transmute!(bytes))
     }
 }
 

@@ -17,8 +17,9 @@ pub(super) struct CommandHeader {
     pub lun: [u8; 8],
     pub tag: U64,
     pub task_attribute: u8,
-    pub priority: u8,
-    pub crn: u8,
+    /// Nobody looks at it, nor at the next.
+    pub _priority: u8,
+    pub _crn: u8,
     pub cdb: [u8; CDB_SIZE],
 }
 
