@@ -423,6 +423,49 @@ fn memory_comes_and_goes_while_requests_run() {
     eventually("unplugged memory to be unmapped", || daemon.mappings("guest-memory") == mapped);
 }
 
+/// The data of a command in flight stays mapped until it is there; its response is written where memory is.
+#[test]
+fn memory_can_be_removed_under_a_command() {
+    const PLUGGED: u64 = 64 * GIB;
+    let mut daemon = Daemon::with_disk(DISK, "fault=read:delay-ms-500");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let mapped = daemon.mappings("guest-memory");
+    for response_goes in [false, true] {
+        fe.add_region(&RegionSpec::new(PLUGGED, MIB).reserved());
+        let header = lun.request(cdb::read10(0, 8)).header();
+        let at = fe.memory().alloc(REQUEST_HEADER + RESPONSE_HEADER, 8, 0);
+        fe.memory().write(at, &header);
+        let stays = at + REQUEST_HEADER as u64;
+        fe.memory().write(stays, &[0xa5; RESPONSE_HEADER]);
+        let response = if response_goes { PLUGGED + 4096 } else { stays };
+        let desc = |address, len: usize, writable| Desc { address, len: len as u32, writable };
+        let chain = [
+            desc(at, REQUEST_HEADER, false),
+            desc(response, RESPONSE_HEADER, true),
+            desc(PLUGGED, 4096, true),
+        ];
+        let mut queue = fe.queue(REQUESTS);
+        let head = queue.ring_mut().add(&chain).unwrap();
+        queue.publish();
+        drop(queue);
+        thread::sleep(A_MOMENT);
+        fe.remove_region(PLUGGED);
+        let used = fe.queue(REQUESTS).wait_raw(head);
+        let answer = fe.memory().read(stays, RESPONSE_HEADER);
+        if response_goes {
+            assert!(answer.iter().all(|byte| *byte == 0xa5), "nothing is written elsewhere");
+        } else {
+            assert_eq!((answer[10], answer[11], used.len), (0, 0, 4096 + RESPONSE_HEADER as u32));
+        }
+        fe.memory().free(at);
+        eventually("removed memory to be unmapped", || daemon.mappings("guest-memory") == mapped);
+    }
+    drop(fe);
+    assert!(daemon.is_running(), "{}", daemon.log());
+    assert_serves(&daemon);
+}
+
 #[test]
 fn memory_that_was_removed_is_not_touched() {
     const PLUGGED: u64 = 64 * GIB;

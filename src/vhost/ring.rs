@@ -138,7 +138,11 @@ impl Ring {
     /// Copies into a part of a command; returns the number of bytes.
     #[inline]
     pub(super) fn write(&mut self, part: &Part, from: &[u8]) -> usize {
-        self.chains.write(part, from)
+        let written = self.chains.write(part, from);
+        if written == 0 {
+            self.complaints.say("the memory for a response was taken away");
+        }
+        written
     }
 
     fn next_head(&mut self) -> Option<u16> {
