@@ -116,6 +116,10 @@ impl Station {
                 2 => fio("psync"),
                 _ => fio("io_uring"),
             };
+            if self.place != Place::Memory && load.pattern.writes() {
+                // Or the host would write it back while another is measured.
+                std::fs::File::open(&self.file).and_then(|file| file.sync_all()).unwrap();
+            }
         }
         samples
     }

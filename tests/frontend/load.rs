@@ -42,6 +42,11 @@ impl Pattern {
         }
     }
 
+    /// Whether it changes the disk.
+    pub fn writes(self) -> bool {
+        matches!(self, Pattern::RandWrite | Pattern::SeqWrite | Pattern::Mixed)
+    }
+
     fn is_sequential(self) -> bool {
         matches!(self, Pattern::SeqRead | Pattern::SeqWrite)
     }
