@@ -96,8 +96,7 @@ impl Station {
         self.loads.iter().map(move |load| Row::new(title(load)))
     }
 
-    /// A turn of each contestant, each round beginning with another: whoever is first has the device as the load
-    /// before has left it.
+    /// A turn of each contestant, in another order each round: one follows on what the one before has left behind.
     fn turns(
         &self,
         load: &Load,
@@ -106,9 +105,17 @@ impl Station {
         round: usize,
     ) -> [Option<Sample>; 4] {
         let fio = |engine| fio(engine, &self.file, self.place == Place::Direct, load, time);
+        match self.place {
+            Place::Memory => {}
+            // The host may have let go of what nobody has looked at since the last round.
+            Place::Cache => drop(std::fs::read(&self.file)),
+            // The device may have things to do since the last load.
+            Place::Direct => drop(fio("io_uring")),
+        }
         let mut samples = [None; 4];
         for turn in 0..samples.len() {
-            let contestant = (turn + round) % samples.len();
+            let turn = if round % 2 == 0 { turn } else { samples.len() - 1 - turn };
+            let contestant = (turn + round / 2) % samples.len();
             samples[contestant] = match contestant {
                 0 => Some(self.ours.sample(load, queues, time)),
                 _ if queues > 1 => None,

@@ -222,7 +222,7 @@ impl Lun {
     /// 05/21/00 if it is not inside the disk, 05/24/00 if it is too long.
     pub fn range(&self, lba: u64, blocks: u64) -> Result<BlockRange, ScsiError> {
         let range = self.bytes(lba, blocks)?;
-        if blocks > self.max_transfer_blocks() {
+        if range.end - range.start > MAX_TRANSFER {
             return Err(ScsiError::illegal(asc::INVALID_FIELD_IN_CDB));
         }
         let bytes = usize::try_from(range.end - range.start).map_err(|_| ScsiError::Busy)?;
