@@ -114,7 +114,7 @@ impl Station {
         }
         let mut samples = [None; 4];
         for turn in 0..samples.len() {
-            let turn = if round % 2 == 0 { turn } else { samples.len() - 1 - turn };
+            let turn = if round.is_multiple_of(2) { turn } else { samples.len() - 1 - turn };
             let contestant = (turn + round / 2) % samples.len();
             samples[contestant] = match contestant {
                 0 => Some(self.ours.sample(load, queues, time)),
