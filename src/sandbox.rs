@@ -294,6 +294,7 @@ const DISK: &[i64] = &[
     libc::SYS_newfstatat,
     libc::SYS_renameat,
     libc::SYS_renameat2,
+    libc::SYS_sync_file_range,
     libc::SYS_unlinkat,
 ];
 

@@ -42,6 +42,7 @@ fn contract(name: &str, store: &dyn Store) {
     reads_zeroes_at_first(name, store);
     agrees_with_a_model(name, store);
     space_operations_show(name, store);
+    fresh_data_can_be_reserved_again(name, store);
     fresh_data_in_reserved_space_is_data(name, store);
 }
 
@@ -114,6 +115,21 @@ fn space_operations_show(name: &str, store: &dyn Store) {
         store.reserve(range.clone()).unwrap();
         assert!(store.extents(around, 9).unwrap().contains(&at(Kind::Reserved)), "{name}");
     }
+}
+
+/// A part of what was just written in one piece, which the host keeps in one piece.
+fn fresh_data_can_be_reserved_again(name: &str, store: &dyn Store) {
+    if !store.capabilities().reserves {
+        return;
+    }
+    let (whole, part) = (0..1u64 << 20, 0..32u64 << 10);
+    store.deallocate(whole.clone()).unwrap();
+    store.flush().unwrap();
+    store.write(whole.start, &buffer(&vec![0x5a; 1 << 20], 0), Durability::Cached).unwrap();
+    store.reserve(part.clone()).unwrap();
+    let extents = store.extents(whole, 99).unwrap();
+    let reserved = extents.iter().take_while(|e| e.range.end <= part.end);
+    assert!(reserved.map(|e| e.kind).eq([Kind::Reserved]), "{name}: {extents:?}");
 }
 
 /// The one lie that destroys data: space reserved and on the disk, then a write that was not flushed.

@@ -118,13 +118,22 @@ fn punch(file: &File, range: &Range<u64>) -> io::Result<()> {
 }
 
 fn zero_range(file: &File, range: &Range<u64>) -> io::Result<()> {
+    write_back_edges(file, range);
     let mode = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     allocate(file, mode, range)
 }
 
 fn punch_and_allocate(file: &File, range: &Range<u64>) -> io::Result<()> {
+    write_back_edges(file, range);
     punch(file, range)?;
     allocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, range)
+}
+
+/// ext4 does not cut up a large folio of the page cache that has not been written back: what stays of it in the range
+/// is zeroes, but lseek calls them data for as long as they are cached. The next step waits for what is begun here.
+fn write_back_edges(file: &File, range: &Range<u64>) {
+    super::sys::begin_writeback(file, range.start);
+    super::sys::begin_writeback(file, range.end - 1);
 }
 
 /// Takes space for a whole new file.

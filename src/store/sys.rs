@@ -111,6 +111,14 @@ pub(super) fn allocate(file: &File, offset: u64, len: u64) -> io::Result<()> {
     }
 }
 
+/// Has the host begin to write back the folio that a byte lies in, if there is anything to write. It does not wait, and so
+/// takes no error that a flush is to tell of.
+pub(super) fn begin_writeback(file: &File, at: u64) {
+    let Ok(at) = libc::off64_t::try_from(at) else { return };
+    // SAFETY: plain numbers. Where it fails, nothing is lost but an answer that is more exact.
+    unsafe { libc::sync_file_range(file.as_raw_fd(), at, 1, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
 /// Calls `f(iovec, count, offset + skip)` for what is left of `list` after `skip` bytes.
 fn with_segments(
     list: &Buffers,
