@@ -44,6 +44,8 @@ pub enum Role {
     Disk,
     /// Waits for time to pass.
     Timer,
+    /// Looks after queue threads, and makes those that take over.
+    Watchdog,
 }
 
 /// What may be reached below a directory after [`enter`].
@@ -304,7 +306,7 @@ fn calls_of(role: Role) -> Result<Rules, seccompiler::BackendError> {
     let lists: &[&[i64]] = match role {
         Role::Main => &[SPAWN, MAIN, OLD, CONNECTION, TRANSFERS, QUEUE, DISK],
         Role::Connection => &[SPAWN, OLD, CONNECTION, TRANSFERS, QUEUE, DISK],
-        Role::Queue => &[SPAWN, OLD, TRANSFERS, QUEUE, DISK],
+        Role::Queue | Role::Watchdog => &[SPAWN, OLD, TRANSFERS, QUEUE, DISK],
         Role::Disk => &[SPAWN, OLD, TRANSFERS, DISK],
         Role::Timer => &[SPAWN, TRANSFERS],
     };
@@ -323,7 +325,7 @@ fn calls_of(role: Role) -> Result<Rules, seccompiler::BackendError> {
     rules.insert(libc::SYS_prctl, one_of(0, settings.map(i64::from))?);
     let commands = [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL];
     rules.insert(libc::SYS_fcntl, one_of(1, commands.map(i64::from))?);
-    if matches!(role, Role::Main | Role::Connection | Role::Queue | Role::Disk) {
+    if role != Role::Timer {
         rules.insert(libc::SYS_ioctl, one_of(1, DISK_REQUESTS.iter().copied())?);
     }
     Ok(rules)

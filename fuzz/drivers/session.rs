@@ -22,7 +22,7 @@ pub fn device() -> Arc<Device> {
         engine: EngineKind::Threads,
         poll: Duration::ZERO,
     };
-    Arc::new(Device::new(disk::target(32), offer))
+    Arc::new(Device::new(disk::target(32), offer).unwrap())
 }
 
 pub fn memfd(size: u64) -> File {

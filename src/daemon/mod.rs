@@ -71,7 +71,9 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
     let ports: Vec<_> =
         (1..).map(Port).zip(sockets).map(|(port, s)| Serving::of(port, s)).collect();
     let count = u16::try_from(ports.len()).unwrap_or(u16::MAX);
-    let device = Arc::new(Device::new(Arc::new(Target::new(units, count)), offer));
+    let device = Device::new(Arc::new(Target::new(units, count)), offer)
+        .map_err(|e| StartError::host(format!("watchdog thread: {e}")))?;
+    let device = Arc::new(device);
     serve(&device, ports, &signals).map_err(|e| StartError::host(e.to_string()))
 }
 

@@ -14,7 +14,7 @@ use super::provisioning::SpaceWatch;
 use super::reservations::Reservations;
 use super::sense::{Key, ScsiError, Sense, asc};
 use super::statistics::{Activity, Statistics};
-use crate::store::{Capabilities, Durability, Exclusion, Store, StoreError};
+use crate::store::{Capabilities, Durability, Exclusion, Host, Store, StoreError};
 
 /// Most bytes that one command may transfer or verify (VPD B0 MAXIMUM TRANSFER LENGTH).
 pub const MAX_TRANSFER: u64 = 32 << 20;
@@ -67,6 +67,8 @@ pub struct Lun {
     index: usize,
     store: Arc<dyn Store>,
     exclusion: Arc<Exclusion>,
+    host: Arc<Host>,
+    waits_for_host: bool,
     blocks: AtomicU64,
     started: AtomicBool,
     pages: Pages,
@@ -110,12 +112,15 @@ impl Lun {
         let watched = thin && !can.read_only && store.space()?.is_some();
         let pages = Pages::new(settings.write_cache, watched, store.notes());
         let reservations = Reservations::of(store.notes());
+        let (host, waits_for_host) = (Host::of_device(can.device), !can.in_memory);
         let exclusion = Arc::new(Exclusion::around(store));
         let lun = Lun {
             settings,
             index,
             store: Arc::<Exclusion>::clone(&exclusion),
             exclusion,
+            host,
+            waits_for_host,
             blocks: AtomicU64::new(0),
             started: AtomicBool::new(true),
             pages,
@@ -148,6 +153,16 @@ impl Lun {
     /// For commands that need blocks for themselves.
     pub fn exclusion(&self) -> &Exclusion {
         &self.exclusion
+    }
+
+    /// What is known of the host below it.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// Whether its bytes are anywhere but in memory, so that the host may hang.
+    pub fn waits_for_host(&self) -> bool {
+        self.waits_for_host
     }
 
     /// Mode pages and what they switch.

@@ -225,6 +225,8 @@ impl FileStore {
             whole_writes: 0,
             snapshots: directory.is_some(),
             transfer_align,
+            in_memory: !options.direct && sys::is_in_memory(&file),
+            device: device(&file, block_device).map_err(|e| plain(&e))?,
             ways: format!(
                 "extents={knowledge} unmap={} zero={} copy={}",
                 deallocate.name(),
@@ -665,6 +667,12 @@ fn probe_direct_alignment(file: &File) -> Result<(u32, u32), OpenError> {
         }
     }
     Err("O_DIRECT reads fail on it; leave cache=direct away".into())
+}
+
+/// What hangs when the file does: its file system, or the block device itself.
+fn device(file: &File, block_device: bool) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    Ok(if block_device { metadata.rdev() } else { metadata.dev() })
 }
 
 /// The unit in which the host keeps data, in bytes: a power of two from 512 to 64 KiB.

@@ -34,6 +34,8 @@ impl MemStore {
             whole_writes: super::journal::MAX_BYTES,
             snapshots: false,
             transfer_align: 1,
+            in_memory: true,
+            device: u64::MAX,
             ways: "memory".into(),
         };
         let (notes, pool) = (Notes::in_memory(), Pool::new("mem", 2));

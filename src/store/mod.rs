@@ -15,6 +15,7 @@ pub mod extents;
 pub mod faults;
 mod fiemap;
 pub mod file;
+pub mod host;
 pub mod journal;
 pub mod lock;
 mod loop_device;
@@ -28,6 +29,7 @@ pub use buffers::Buffers;
 pub use engine::{Completion, Engine, Operation, Token};
 pub use exclusion::{Exclusion, Hold};
 pub use extents::{Extent, Kind};
+pub use host::Host;
 pub use notes::Notes;
 pub use pool::Pool;
 
@@ -183,6 +185,10 @@ pub struct Capabilities {
     pub snapshots: bool,
     /// Offsets and lengths of transfers must be multiples of this (1 without O_DIRECT).
     pub transfer_align: u32,
+    /// Everything is in memory: nothing that is done at once waits for anything.
+    pub in_memory: bool,
+    /// The device number of the file system it lies on (`st_dev`), or its own if it is a block device.
+    pub device: u64,
     /// The host calls that were chosen, for the log.
     pub ways: String,
 }

@@ -8,7 +8,8 @@
 //! which a front end sends the messages does not matter.
 
 use std::fs::File;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::io;
+use std::sync::Arc;
 
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -24,13 +25,13 @@ use super::dirty_log::DirtyLog;
 use super::events::EventQueue;
 use super::inflight;
 use super::memory::{GuestMemory, MAX_SLOTS, Regions};
-use super::message::{Event, Message, Peers};
+use super::message::{Event, Mailbox, Message, Queues};
 use super::requests::RequestQueue;
 use super::ring::{MAX_QUEUE_SIZE, Ring};
 use super::split_ring::Layout;
 use super::tmf::ControlQueue;
 use super::wire::Config;
-use super::worker::Worker;
+use super::worker::{Host, Worker};
 use super::{Device, FIXED_QUEUES, Offer, refused};
 use crate::scsi::{Nexus, Port, address, lun};
 
@@ -83,7 +84,8 @@ pub(super) struct Connection {
     /// Where written memory is noted, while LOG_ALL is there.
     log: Option<Arc<DirtyLog>>,
     rings: Vec<RingState>,
-    peers: Peers,
+    /// The same rings, as their threads and other connections see them.
+    queues: Arc<Queues>,
 }
 
 impl Connection {
@@ -100,13 +102,13 @@ impl Connection {
             inflight: None,
             log: None,
             rings: (0..queues).map(|_| RingState::default()).collect(),
-            peers: Peers::default(),
+            queues: Arc::new(Queues::new(queues)),
         }
     }
 
-    /// The mailboxes of the queues that run.
-    pub(super) fn peers(&self) -> Peers {
-        Arc::clone(&self.peers)
+    /// Its queues, for those who have something to say to them.
+    pub(super) fn queues(&self) -> Arc<Queues> {
+        Arc::clone(&self.queues)
     }
 
     /// Stops every ring and waits until nothing is in flight. The driver is gone or starts anew, so that
@@ -132,10 +134,18 @@ impl Connection {
     /// Stops a ring; nothing of it is in flight afterwards.
     fn stop(&mut self, index: usize) {
         let Some(ring) = self.rings.get_mut(index) else { return };
-        if let Some(worker) = ring.worker.take() {
-            ring.next_avail = worker.join();
-            lock(&self.peers).remove(&index);
+        let Some(worker) = ring.worker.take() else { return };
+        if let Some(ended) = worker.join() {
+            ring.next_avail = ended.next_avail;
+            self.queues.stop(index, ended.unheard, &ended.inbox);
         }
+    }
+
+    /// What the front end says of a ring that does not run yet.
+    fn tell(&mut self, index: impl TryInto<usize>) -> Result<(usize, &mut RingState)> {
+        let (index, _) = self.ring(index)?;
+        self.queues.told(index);
+        self.ring(index)
     }
 
     /// Starts a ring that has everything it needs.
@@ -154,32 +164,43 @@ impl Connection {
         let new = Ring::new(index, layout, event_idx, ring.next_avail, memory, call, inflight);
         let mut new = new.ok_or(Error::InvalidParam)?;
         new.set_log(self.log_in_use());
-        let (target, nexus) = (Arc::clone(&self.device.target), Arc::clone(&self.nexus));
-        let name = format!("queue {index}");
-        let worker = match index {
-            CONTROL_QUEUE => {
-                let peers = Arc::clone(&self.peers);
-                let connections = Arc::clone(&self.device.connections);
-                let make = |_| ControlQueue::new(target, nexus, peers, connections, index);
-                Worker::start(name, new, kick, None, make)
-            }
-            EVENT_QUEUE => {
-                let changes = self.features & feature::CHANGE != 0;
-                Worker::start(name, new, kick, None, |_| EventQueue::new(changes))
-            }
-            _ => {
-                let Offer { engine, poll, .. } = self.device.offer;
-                Worker::start(name, new, kick, Some(poll), |wake| {
-                    RequestQueue::new(target, nexus, engine, wake)
-                })
-            }
-        }
-        .map_err(refused)?;
-        lock(&self.peers).insert(index, worker.mailbox().clone());
+        let worker = self.start_worker(index, new, kick).map_err(refused)?;
         if let Some(ring) = self.rings.get_mut(index) {
             ring.worker = Some(worker);
         }
         Ok(())
+    }
+
+    /// Starts the thread of a ring.
+    fn start_worker(&self, index: usize, ring: Ring, kick: File) -> io::Result<Worker> {
+        let Device { target, offer, connections, watchdog } = self.device.as_ref();
+        let host = Host { target: Arc::clone(target), watchdog: watchdog.clone() };
+        let (target, nexus) = (Arc::clone(target), Arc::clone(&self.nexus));
+        let (mailbox, inbox) = Mailbox::new()?;
+        // From here on it is reached, so that no sweep passes it by while its thread begins.
+        self.queues.start(index, &mailbox);
+        let both = (mailbox.clone(), inbox);
+        let started = match index {
+            CONTROL_QUEUE => {
+                let (queues, connections) = (self.queues(), Arc::clone(connections));
+                let service = ControlQueue::new(target, nexus, queues, connections, mailbox);
+                Worker::start(index, host, ring, kick, None, both, service)
+            }
+            EVENT_QUEUE => {
+                let service = EventQueue::new(self.features & feature::CHANGE != 0);
+                Worker::start(index, host, ring, kick, None, both, service)
+            }
+            _ => {
+                let Offer { engine, poll, .. } = *offer;
+                let wake = Arc::clone(mailbox.wake());
+                let service = RequestQueue::new(target, nexus, engine, wake);
+                Worker::start(index, host, ring, kick, Some(poll), both, service)
+            }
+        };
+        started.map_err(|(error, inbox)| {
+            self.queues.stop(index, Vec::new(), &inbox);
+            error
+        })
     }
 
     /// Where a ring lies in the guest.
@@ -252,15 +273,9 @@ impl Drop for Connection {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Hands an event to the event queue, if it runs.
-pub(super) fn send_event(peers: &Peers, event: Event) {
-    if let Some(mailbox) = lock(peers).get(&EVENT_QUEUE) {
-        mailbox.send(Message::Event(event));
-    }
+pub(super) fn send_event(queues: &Queues, event: Event) {
+    queues.send(EVENT_QUEUE, Message::Event(event));
 }
 
 /// A message whose feature we do not offer.
@@ -281,8 +296,9 @@ impl VhostUserBackendReqHandlerMut for Connection {
     /// power on. Memory and protocol features stay.
     fn reset_device(&mut self) -> Result<()> {
         self.stop_all(false);
-        for ring in &mut self.rings {
+        for (index, ring) in self.rings.iter_mut().enumerate() {
             *ring = RingState::default();
+            self.queues.forget(index);
         }
         self.features = 0;
         self.device.target.power_on(&self.nexus);
@@ -350,7 +366,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
         let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= MAX_QUEUE_SIZE);
-        self.ring(index)?.1.size = size.ok_or(Error::InvalidParam)?;
+        self.tell(index)?.1.size = size.ok_or(Error::InvalidParam)?;
         Ok(())
     }
 
@@ -363,13 +379,13 @@ impl VhostUserBackendReqHandlerMut for Connection {
         available: u64,
         _: u64,
     ) -> Result<()> {
-        let (index, ring) = self.ring(index)?;
+        let (index, ring) = self.tell(index)?;
         ring.addresses = Some([descriptor, available, used]);
         self.start_if_ready(index)
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        let (_, ring) = self.ring(index)?;
+        let (_, ring) = self.tell(index)?;
         if ring.worker.is_some() {
             return Err(Error::InvalidOperation("SET_VRING_BASE on a running ring"));
         }
@@ -380,6 +396,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let (at, _) = self.ring(index)?;
         self.stop(at);
+        self.queues.forget(at);
         let (_, ring) = self.ring(index)?;
         ring.kick = None;
         ring.call = None;
@@ -387,7 +404,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
     }
 
     fn set_vring_kick(&mut self, index: u8, kick: Option<File>) -> Result<()> {
-        let (at, _) = self.ring(index)?;
+        let (at, _) = self.tell(index)?;
         self.stop(at);
         let (_, ring) = self.ring(index)?;
         // Without a descriptor the front end would have us poll the ring; no known one does.

@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 use super::message::{Event, Message};
 use super::ring::Ring;
 use super::wire::{EventBuffer, T_EVENTS_MISSED, T_NO_EVENT};
-use super::worker::Service;
+use super::worker::{Service, Step};
 
 /// Serves the event queue.
 pub(super) struct EventQueue {
@@ -49,11 +49,11 @@ impl EventQueue {
 const NOTHING: Event = Event { kind: T_NO_EVENT, lun: [0; 8], reason: 0 };
 
 impl Service for EventQueue {
-    fn requests(&mut self, ring: &mut Ring) -> bool {
-        if self.missed && ring.has_requests() {
+    fn advance(&mut self, ring: &mut Ring, take: bool) -> Step {
+        if take && self.missed && ring.has_requests() {
             self.deliver(ring, NOTHING);
         }
-        false
+        Step::Rest { more: false }
     }
 
     fn progress(&mut self, _: &mut Ring) {}

@@ -1,12 +1,12 @@
 //! What queue threads and connections tell each other.
 
-use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::FIXED_QUEUES;
 use super::dirty_log::DirtyLog;
@@ -43,9 +43,20 @@ pub(super) struct Mailbox {
 }
 
 impl Mailbox {
-    /// The mailbox of the thread that receives from `sender`'s other end and waits for `wake`.
-    pub(super) fn new(sender: Sender<Message>, wake: Arc<EventFd>) -> Self {
-        Mailbox { sender, wake }
+    /// A mailbox, and the end that the thread receives from.
+    ///
+    /// # Errors
+    /// If the host has no file descriptor left.
+    pub(super) fn new() -> io::Result<(Self, Receiver<Message>)> {
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        let wake = Arc::new(EventFd::from_flags(flags)?);
+        let (sender, inbox) = mpsc::channel();
+        Ok((Mailbox { sender, wake }, inbox))
+    }
+
+    /// What the thread waits for besides kicks: written to when there is a message.
+    pub(super) fn wake(&self) -> &Arc<EventFd> {
+        &self.wake
     }
 
     /// Sends a message; it is lost if the thread has ended.
@@ -79,20 +90,155 @@ impl Mailbox {
     }
 }
 
-/// The mailboxes of the queue threads of one connection, by queue index.
-pub(super) type Peers = Arc<Mutex<HashMap<usize, Mailbox>>>;
+/// The queues of one connection, as those see them who have something to say to them.
+///
+/// A task management function is answered when every command it is about has ended, and that includes commands that lie
+/// in a ring which does not run yet: a front end that connects again starts the control queue first (SAM-6 7.1, 7.2: a
+/// function is about every command that the task set holds). So a sweep stays with such a ring until it starts.
+#[derive(Debug)]
+pub(super) struct Queues(Mutex<Vec<Queue>>);
 
-/// Sends a sweep to all request queues of a connection.
-pub(super) fn send_sweep(peers: &Peers, sweep: &Arc<Sweep>) {
-    let peers = peers.lock().unwrap_or_else(PoisonError::into_inner);
-    for (_, mailbox) in peers.iter().filter(|(index, _)| is_request_queue(**index)) {
-        mailbox.send(Message::Sweep(Arc::clone(sweep)));
+/// A queue, from outside.
+#[derive(Debug)]
+enum Queue {
+    /// It does not run.
+    Stopped {
+        /// The front end has told us of it: commands may lie in it.
+        told: bool,
+        /// What it is swept for when it starts.
+        sweeps: Vec<Arc<Sweep>>,
+    },
+    /// A thread serves it.
+    Running(Mailbox),
+}
+
+impl Queue {
+    const UNTOLD: Self = Queue::Stopped { told: false, sweeps: Vec::new() };
+
+    fn is_running(&self) -> bool {
+        matches!(self, Queue::Running(_))
     }
 }
 
-/// Queue 0 is the control queue, 1 the event queue, the rest are request queues.
-fn is_request_queue(index: usize) -> bool {
-    index >= FIXED_QUEUES
+impl Queues {
+    /// So many queues that nothing was told of.
+    pub(super) fn new(count: usize) -> Self {
+        Queues(Mutex::new((0..count).map(|_| Queue::UNTOLD).collect()))
+    }
+
+    fn all(&self) -> MutexGuard<'_, Vec<Queue>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The front end has begun to set a queue up.
+    pub(super) fn told(&self, index: usize) {
+        if let Some(Queue::Stopped { told, .. }) = self.all().get_mut(index) {
+            *told = true;
+        }
+    }
+
+    /// The front end has taken a queue back, which does not run: nobody will serve what lies in it.
+    pub(super) fn forget(&self, index: usize) {
+        let old = self.all().get_mut(index).map(|queue| std::mem::replace(queue, Queue::UNTOLD));
+        // Only now, without the lock: the end of a sweep is a message.
+        drop(old);
+    }
+
+    /// A thread is about to serve a queue; what it is to be swept for comes first.
+    pub(super) fn start(&self, index: usize, mailbox: &Mailbox) {
+        if let Some(queue) = self.all().get_mut(index)
+            && let Queue::Stopped { sweeps, .. } =
+                std::mem::replace(queue, Queue::Running(mailbox.clone()))
+        {
+            sweeps.into_iter().for_each(|sweep| mailbox.send(Message::Sweep(sweep)));
+        }
+    }
+
+    /// A queue's thread has ended; the front end may start it again. What `inbox` still holds, or came when the thread
+    /// took nothing from the ring any more, is about commands that lie there: they will end unbegun. Nobody waits for
+    /// that, as whether the ring starts again is up to the front end.
+    pub(super) fn stop(&self, index: usize, unheard: Vec<Arc<Sweep>>, inbox: &Receiver<Message>) {
+        let mut all = self.all();
+        let Some(queue) = all.get_mut(index) else { return };
+        // Under the lock, so that nothing is sent to it after this.
+        let late = inbox.try_iter().filter_map(|message| match message {
+            Message::Sweep(sweep) => Some(sweep),
+            _ => None,
+        });
+        let (mut sweeps, unheard) = (Vec::new(), unheard.into_iter().chain(late));
+        unheard.for_each(|sweep| keep_unreported(&mut sweeps, &sweep));
+        *queue = Queue::Stopped { told: true, sweeps };
+    }
+
+    /// The control queue ends: functions that wait for rings which do not run end now. What they are about ends
+    /// unbegun when its ring starts.
+    pub(super) fn release(&self) {
+        let mut released = Vec::new();
+        for queue in self.all().iter_mut() {
+            if let Queue::Stopped { sweeps, .. } = queue {
+                let held = std::mem::take(sweeps);
+                held.iter().for_each(|sweep| keep_unreported(sweeps, sweep));
+                released.push(held);
+            }
+        }
+        // Only now, without the lock: the end of a sweep is a message.
+        drop(released);
+    }
+
+    /// Sends a message to a queue that runs.
+    pub(super) fn send(&self, index: usize, message: Message) {
+        if let Some(Queue::Running(mailbox)) = self.all().get(index) {
+            mailbox.send(message);
+        }
+    }
+
+    /// Sweeps all request queues, those that do not run yet when they start.
+    pub(super) fn sweep(&self, sweep: &Arc<Sweep>) {
+        for queue in self.all().iter_mut().skip(FIXED_QUEUES) {
+            match queue {
+                Queue::Running(mailbox) => mailbox.send(Message::Sweep(Arc::clone(sweep))),
+                Queue::Stopped { told: true, sweeps } => sweeps.push(Arc::clone(sweep)),
+                Queue::Stopped { .. } => {}
+            }
+        }
+    }
+
+    /// Sweeps the request queues that run. What lies in others has not begun, and will be held against what is
+    /// then.
+    pub(super) fn sweep_running(&self, sweep: &Arc<Sweep>) {
+        for queue in self.all().iter().skip(FIXED_QUEUES) {
+            if let Queue::Running(mailbox) = queue {
+                mailbox.send(Message::Sweep(Arc::clone(sweep)));
+            }
+        }
+    }
+
+    /// Sweeps the request queues for the reset of a disk by another initiator. Where the front end is still starting them,
+    /// what lies in them ends unbegun, and nobody waits for that: whether they ever start is up to the front end.
+    pub(super) fn sweep_for_reset(&self, sweep: &Arc<Sweep>) {
+        let mut all = self.all();
+        let starting = !all.iter().skip(FIXED_QUEUES).any(Queue::is_running);
+        for queue in all.iter_mut().skip(FIXED_QUEUES) {
+            match queue {
+                Queue::Running(mailbox) => mailbox.send(Message::Sweep(Arc::clone(sweep))),
+                Queue::Stopped { told, sweeps } => {
+                    if *told || starting {
+                        keep_unreported(sweeps, sweep);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Most sweeps without anybody who waits for them that are kept for a ring: as many functions as a control queue holds.
+const MAX_UNREPORTED: usize = 1024;
+
+fn keep_unreported(kept: &mut Vec<Arc<Sweep>>, sweep: &Sweep) {
+    let needed = sweep.ends_with.is_some() && !kept.iter().any(|other| other.covers(sweep));
+    if needed && kept.len() < MAX_UNREPORTED {
+        kept.push(Arc::new(sweep.unreported()));
+    }
 }
 
 /// A search through the commands in flight on all request queues.
@@ -112,6 +258,8 @@ pub(super) enum Report {
     Queue { to: Mailbox, id: u64, found: Arc<AtomicBool> },
     /// Somebody at the other end, which hangs up.
     Caller { _end: Sender<()> },
+    /// Nobody.
+    Nobody,
 }
 
 impl Sweep {
@@ -123,6 +271,19 @@ impl Sweep {
         report: Report,
     ) -> Self {
         Sweep { disks, tag, ends_with, any: AtomicBool::new(false), report }
+    }
+
+    /// The same for commands that have not begun, without anybody who waits for it.
+    fn unreported(&self) -> Self {
+        Sweep::new(self.disks.clone(), self.tag, self.ends_with, Report::Nobody)
+    }
+
+    /// Whether it ends, without anybody who waits for it, all that another one ends.
+    fn covers(&self, other: &Sweep) -> bool {
+        matches!(self.report, Report::Nobody)
+            && self.tag.is_none()
+            && self.ends_with == other.ends_with
+            && other.disks.iter().all(|disk| self.disks.contains(disk))
     }
 
     /// Whether it is about this command.

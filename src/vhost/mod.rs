@@ -17,6 +17,7 @@ mod requests;
 mod ring;
 mod split_ring;
 mod tmf;
+mod watchdog;
 mod wire;
 mod worker;
 
@@ -32,7 +33,8 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use crate::scsi::{Lun, Port, Target, Tasks, UnitAttention};
 use crate::store::engine::EngineKind;
 use connection::Connection;
-use message::{Peers, Report, Sweep, send_sweep};
+use message::{Queues, Report, Sweep};
+use watchdog::Watchdog;
 use wire::Ended;
 
 /// Queues before the first request queue.
@@ -52,17 +54,17 @@ pub struct Offer {
 }
 
 /// The queues of the connections that are served now: at most one to a port.
-struct Connections(Mutex<Vec<(Port, Peers)>>);
+struct Connections(Mutex<Vec<(Port, Arc<Queues>)>>);
 
 impl Connections {
-    fn all(&self) -> MutexGuard<'_, Vec<(Port, Peers)>> {
+    fn all(&self) -> MutexGuard<'_, Vec<(Port, Arc<Queues>)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends a sweep to the request queues of some of them.
-    fn sweep(&self, which: impl Fn(Port) -> bool, sweep: &Arc<Sweep>) {
-        for (_, peers) in self.all().iter().filter(|(port, _)| which(*port)) {
-            send_sweep(peers, sweep);
+    /// Sweeps the queues of all other connections than `own`, for a reset.
+    fn sweep_for_reset(&self, own: &Arc<Queues>, sweep: &Arc<Sweep>) {
+        for (_, queues) in self.all().iter().filter(|(_, queues)| !Arc::ptr_eq(queues, own)) {
+            queues.sweep_for_reset(sweep);
         }
     }
 }
@@ -71,8 +73,10 @@ impl Tasks for Connections {
     fn abort(&self, ports: &[Port], disk: usize) -> Receiver<()> {
         let (end, ended) = mpsc::channel();
         let report = Report::Caller { _end: end };
-        let sweep = Sweep::new(vec![disk], None, Some(Ended::TaskAborted), report);
-        self.sweep(|port| ports.contains(&port), &Arc::new(sweep));
+        let sweep = Arc::new(Sweep::new(vec![disk], None, Some(Ended::TaskAborted), report));
+        for (_, queues) in self.all().iter().filter(|(port, _)| ports.contains(port)) {
+            queues.sweep_running(&sweep);
+        }
         ended
     }
 }
@@ -82,22 +86,32 @@ pub struct Device {
     target: Arc<Target>,
     offer: Offer,
     connections: Arc<Connections>,
+    watchdog: Watchdog,
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.watchdog.end();
+    }
 }
 
 impl Device {
     /// A device over these disks.
-    pub fn new(target: Arc<Target>, offer: Offer) -> Self {
+    ///
+    /// # Errors
+    /// If the host has no thread for its watchdog.
+    pub fn new(target: Arc<Target>, offer: Offer) -> io::Result<Self> {
         let connections = Arc::new(Connections(Mutex::default()));
         let tasks: Arc<dyn Tasks> = Arc::<Connections>::clone(&connections);
         target.set_tasks(Arc::downgrade(&tasks));
-        Device { target, offer, connections }
+        Ok(Device { target, offer, connections, watchdog: Watchdog::start()? })
     }
 
     /// Serves one connection by a port, which has no other, until the front end goes away or
     /// [`UnixStream::shutdown`] is called for reading on a clone of `stream`. When it returns, nothing is in flight and the guest's memory is unmapped.
     pub fn serve(self: &Arc<Self>, port: Port, stream: UnixStream) {
         let connection = Connection::new(Arc::clone(self), port);
-        self.connections.all().push((port, connection.peers()));
+        self.connections.all().push((port, connection.queues()));
         let connection = Arc::new(Mutex::new(connection));
         let queues = FIXED_QUEUES + self.offer.request_queues;
         let (end, copy) = match stream.try_clone() {
@@ -135,10 +149,10 @@ impl Device {
         let (target, lun) = (disk.settings().target, disk.settings().lun);
         log::info!("target {target} LUN {}: {} blocks now", lun.get(), disk.blocks());
         self.target.announce(disk, UnitAttention::CapacityChanged, None);
-        for (_, peers) in self.connections.all().iter() {
+        for (_, queues) in self.connections.all().iter() {
             let event =
                 message::Event::parameters_changed(target, lun, UnitAttention::CapacityChanged);
-            connection::send_event(peers, event);
+            connection::send_event(queues, event);
         }
     }
 }

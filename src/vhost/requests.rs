@@ -1,5 +1,6 @@
 //! The request queues: commands in, responses out, in any order that task attributes allow.
 
+use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -11,20 +12,20 @@ use super::message::{Message, Sweep};
 use super::order::{Attribute, Order};
 use super::ring::Ring;
 use super::wire::{CommandResponse, Ended, Response};
-use super::worker::Service;
+use super::worker::{Abandoned, CallResult, HostCall, Service, Step};
 use crate::scsi::{
-    self, Cdb, Delivery, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer,
+    self, Cdb, Delivery, Lun, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer,
 };
-use crate::store::Cause;
 use crate::store::engine::uring::UringEngine;
 use crate::store::engine::{Completion, Engine, EngineKind, Finished, Token};
-
-/// Requests taken in one pass before completions are looked at again.
-const BATCH: usize = 64;
+use crate::store::{Cause, Durability, Operation};
 
 /// Requests taken together: what the driver's processor has just written of one is on its way to ours while another
 /// is worked on.
 const TOGETHER: usize = 8;
+
+/// How often so many are taken before completions and messages are looked at again.
+const ROUNDS: usize = 8;
 
 /// A command that was received: who gave it, and where its answer goes.
 struct Received {
@@ -63,11 +64,32 @@ pub(super) struct RequestQueue {
     flights: Flights,
     /// Commands that may not begin yet.
     order: Order<(Received, [u8; 8], Request)>,
-    /// Taken together and not looked at yet: empty but while requests are taken.
-    taken: Vec<CommandChain>,
+    /// Taken together and not looked at yet.
+    taken: VecDeque<CommandChain>,
+    /// How often requests may still be taken in this pass.
+    rounds: usize,
+    /// The command whose transfer the queue's thread is making itself.
+    calling: Option<Calling>,
     completions: Vec<Completion<Outcome>>,
     /// What is ended early is not answered: it stays noted as in flight.
     leaves: bool,
+}
+
+/// A command that waits for a host call of the queue's own thread.
+struct Calling {
+    received: Received,
+    disk: usize,
+    transfer: Transfer,
+}
+
+/// How a command began.
+enum Begun {
+    /// It has been answered.
+    Answered,
+    /// It is in flight, in this slot.
+    InFlight(u32),
+    /// It waits for a host call.
+    Calls(HostCall),
 }
 
 /// The commands in flight, and what they are in flight with.
@@ -128,66 +150,80 @@ impl RequestQueue {
                 free: Vec::new(),
             },
             order: Order::default(),
-            taken: Vec::new(),
+            taken: VecDeque::new(),
+            rounds: ROUNDS,
+            calling: None,
             completions: Vec::new(),
             leaves: false,
         }
     }
 
-    fn receive(&mut self, ring: &mut Ring, chain: CommandChain) {
+    /// Begins a command that was taken; says what host call it waits for, if it does.
+    fn receive(&mut self, ring: &mut Ring, chain: CommandChain) -> Option<HostCall> {
         let CommandChain { head, header, response, data_out, data_in, again } = chain;
+        let len = data_in.len() + data_out.len();
         let Some(header) = ring.header(&header) else {
-            return fail(ring, head, &response, data_in.len());
+            fail(ring, head, &response, len);
+            return None;
         };
         if !data_in.is_empty() && !data_out.is_empty() {
             // Both directions at once need VIRTIO_SCSI_F_INOUT, which is not offered.
-            return fail(ring, head, &response, data_in.len() + data_out.len());
+            fail(ring, head, &response, len);
+            return None;
         }
-        let data =
-            DataPhase { len: data_in.len() + data_out.len(), to_driver: !data_in.is_empty() };
+        let data = DataPhase { len, to_driver: !data_in.is_empty() };
         let received = Received { head, tag: header.tag.get(), response, data };
         let request = Request { cdb: Cdb(header.cdb), data_out, data_in, again };
         let attribute = Attribute::parse(header.task_attribute);
-        if attribute == Attribute::Simple && self.order.is_free() {
-            self.begin(ring, &header.lun, received, request);
-        } else {
+        if attribute != Attribute::Simple || !self.order.is_free() {
             self.begin_in_order(ring, &header.lun, attribute, received, request);
+            return None;
+        }
+        match self.begin(ring, &header.lun, received, request, true) {
+            Begun::Calls(call) => Some(call),
+            Begun::Answered | Begun::InFlight(_) => None,
         }
     }
 
-    /// Begins a command; says where it is in flight if it has not ended at once.
+    /// Begins a command. `may_call` says whether it may wait for a host call.
     fn begin(
         &mut self,
         ring: &mut Ring,
         lun: &[u8; 8],
         received: Received,
         request: Request,
-    ) -> Option<u32> {
+        may_call: bool,
+    ) -> Begun {
         let RequestQueue { target, nexus, flights, .. } = self;
         let address = target.resolve(lun);
         let plan = scsi::execute(target, nexus, &address, request);
         let outcome = match (plan, address.disk()) {
             (Plan::Done(outcome), _) => outcome,
             (Plan::Transfer(transfer, operation), Some(lun)) => {
-                match lun.store().try_now(&operation) {
-                    Some(result) => transfer.finish(lun, result),
-                    None => {
-                        let slot = flights.put(lun.index(), Some(transfer), received);
-                        flights.engine.submit(Token(slot), lun.index(), lun.store(), operation);
-                        return Some(slot);
+                let disk = lun.index();
+                if may_hang(lun, &operation) {
+                    if may_call && !lun.host().is_hung() && flights.engine.may_leave(disk) {
+                        self.calling = Some(Calling { received, disk, transfer });
+                        return Begun::Calls(HostCall { disk, operation });
                     }
+                } else if let Some(result) = lun.store().try_now(&operation) {
+                    received.answer(ring, None, &transfer.finish(lun, result));
+                    return Begun::Answered;
                 }
+                let slot = flights.put(disk, Some(transfer), received);
+                flights.engine.submit(Token(slot), disk, lun.store(), operation);
+                return Begun::InFlight(slot);
             }
             (Plan::Job(job), Some(lun)) => {
                 let slot = flights.put(lun.index(), None, received);
                 flights.engine.spawn(Token(slot), lun.store(), job);
-                return Some(slot);
+                return Begun::InFlight(slot);
             }
             // Only a disk has work to do.
             (Plan::Transfer(..) | Plan::Job(_), None) => Outcome::undelivered(Delivery::BadTarget),
         };
         received.answer(ring, None, &outcome);
-        None
+        Begun::Answered
     }
 
     /// Begins a command when its task attribute and those of the ones before it allow.
@@ -205,8 +241,10 @@ impl RequestQueue {
                 self.order.wait(disk, attribute, (received, *lun, request));
             }
             _ => {
-                let slot = self.begin(ring, lun, received, request);
-                if let (Some(disk), Attribute::Ordered, Some(slot)) = (disk, attribute, slot) {
+                let begun = self.begin(ring, lun, received, request, false);
+                if let (Some(disk), Attribute::Ordered, Begun::InFlight(slot)) =
+                    (disk, attribute, begun)
+                {
                     self.order.began(disk, slot);
                 }
             }
@@ -218,10 +256,19 @@ impl RequestQueue {
         while let Some((attribute, (received, lun, request))) =
             self.order.next(disk, self.flights.on_disk(disk))
         {
-            let slot = self.begin(ring, &lun, received, request);
-            if let (Attribute::Ordered, Some(slot)) = (attribute, slot) {
+            let begun = self.begin(ring, &lun, received, request, false);
+            if let (Attribute::Ordered, Begun::InFlight(slot)) = (attribute, begun) {
                 self.order.began(disk, slot);
             }
+        }
+    }
+
+    /// Takes requests from the ring: as many as it may, and no more than a ring's worth.
+    fn take(&mut self, ring: &mut Ring, most: usize) {
+        let room = ring.size().saturating_sub(self.in_flight());
+        for _ in 0..room.min(most) {
+            let Some(chain) = ring.pop_command() else { break };
+            self.taken.push_back(chain);
         }
     }
 
@@ -241,14 +288,35 @@ impl RequestQueue {
         if !(self.leaves && ended_early) {
             task.received.answer(ring, task.ended, &outcome);
         }
+        if !task.sweeps.is_empty() {
+            // The driver sees what has ended before it sees the end of the function.
+            ring.announce();
+        }
         if !self.order.is_free() {
             self.order.ended(task.disk, slot);
             self.go_on(ring, task.disk);
         }
     }
 
-    /// Marks the commands that a task management function is about, and ends them if it says so.
-    fn sweep(&mut self, ring: &mut Ring, sweep: &Arc<Sweep>) {
+    /// Marks, or ends, what was taken and has not begun.
+    fn sweep_taken(&mut self, ring: &mut Ring, sweep: &Sweep) {
+        for chain in std::mem::take(&mut self.taken) {
+            let selected = ring.header(&chain.header).is_some_and(|header| {
+                let disk = self.target.resolve(&header.lun).disk().map(|lun| lun.index());
+                disk.is_some_and(|disk| sweep.selects(disk, header.tag.get()))
+            });
+            if selected {
+                sweep.found();
+            }
+            match sweep.ends_with() {
+                Some(how) if selected => end_unbegun(ring, &chain, how),
+                _ => self.taken.push_back(chain),
+            }
+        }
+    }
+
+    /// Marks, or ends, what has begun or waits for its turn.
+    fn sweep_begun(&mut self, ring: &mut Ring, sweep: &Arc<Sweep>) {
         for (slot, place) in (0u32..).zip(self.flights.tasks.iter_mut()) {
             let Some(task) = place.as_mut() else { continue };
             if !sweep.selects(task.disk, task.received.tag) {
@@ -292,6 +360,11 @@ impl RequestQueue {
     /// Ends early what can be.
     fn give_up(&mut self, ring: &mut Ring, leave: bool) {
         self.leaves = leave && ring.keeps_requests();
+        for chain in std::mem::take(&mut self.taken) {
+            if !self.leaves {
+                end_unbegun(ring, &chain, Ended::As(Response::Aborted));
+            }
+        }
         for disk in self.order.disks() {
             self.end_waiting(ring, disk, Ended::As(Response::Aborted), |_| true);
         }
@@ -302,25 +375,58 @@ impl RequestQueue {
 }
 
 impl Service for RequestQueue {
-    fn requests(&mut self, ring: &mut Ring) -> bool {
-        let mut taken = std::mem::take(&mut self.taken);
-        let mut more = true;
-        for _ in 0..BATCH / TOGETHER {
-            let room = ring.size().saturating_sub(self.in_flight());
-            for _ in 0..room.min(TOGETHER) {
-                let Some(chain) = ring.pop_command() else { break };
-                taken.push(chain);
+    fn advance(&mut self, ring: &mut Ring, take: bool) -> Step {
+        loop {
+            while let Some(chain) = self.taken.pop_front() {
+                if let Some(call) = self.receive(ring, chain) {
+                    return Step::Call(call);
+                }
             }
-            more = !taken.is_empty();
-            if !more {
-                break;
+            let more = take && self.rounds == 0;
+            if take && !more {
+                self.rounds -= 1;
+                self.take(ring, TOGETHER);
             }
-            for chain in taken.drain(..) {
-                self.receive(ring, chain);
+            if self.taken.is_empty() {
+                self.rounds = ROUNDS;
+                return Step::Rest { more };
             }
         }
-        self.taken = taken;
-        more
+    }
+
+    fn called(&mut self, ring: &mut Ring, operation: Operation, result: CallResult) {
+        let Some(Calling { received, disk, transfer }) = self.calling.take() else { return };
+        let Some(lun) = self.target.disks().get(disk) else { return };
+        match result {
+            Some(result) => received.answer(ring, None, &transfer.finish(lun, result)),
+            None => {
+                let slot = self.flights.put(disk, Some(transfer), received);
+                self.flights.engine.submit(Token(slot), disk, lun.store(), operation);
+            }
+        }
+    }
+
+    fn abandon(&mut self) -> Abandoned {
+        let calling = self.calling.take();
+        let lun = calling.as_ref().and_then(|calling| self.target.disks().get(calling.disk));
+        let (Some(calling), Some(lun)) = (calling, lun.map(Arc::clone)) else {
+            return Box::new(|_, _| {});
+        };
+        let (target, number) = (lun.settings().target, lun.settings().lun.get());
+        if lun.host().hangs() {
+            log::warn!(
+                "target {target} LUN {number}: the host does not come back from a write; is its file system frozen?"
+            );
+        }
+        let Calling { received, disk, transfer } = calling;
+        let slot = self.flights.put(disk, Some(transfer), received);
+        let rest = self.flights.engine.leave(Token(slot), lun.store());
+        Box::new(move |operation, result| {
+            if lun.host().is_back() {
+                log::info!("target {target} LUN {number}: the host is back");
+            }
+            rest.finish(operation, result);
+        })
     }
 
     fn hand_over(&mut self) {
@@ -351,20 +457,19 @@ impl Service for RequestQueue {
         self.completions = completions;
     }
 
+    fn sweep(&mut self, ring: &mut Ring, sweep: &Arc<Sweep>, take: bool) {
+        // What the driver handed over before the function counts as received before it. A ring's worth: a driver that
+        // adds more meanwhile adds it after the function.
+        if take {
+            self.take(ring, ring.size());
+        }
+        self.sweep_taken(ring, sweep);
+        self.sweep_begun(ring, sweep);
+    }
+
     fn message(&mut self, ring: &mut Ring, message: Message) {
-        match message {
-            Message::Sweep(sweep) => {
-                // What the driver handed over before the function counts as received before it.
-                // A ring's worth: a driver that adds more meanwhile adds it after the function.
-                for _ in 0..=ring.size() / BATCH {
-                    if !self.requests(ring) {
-                        break;
-                    }
-                }
-                self.sweep(ring, &sweep);
-            }
-            Message::GiveUp { leave } => self.give_up(ring, leave),
-            _ => {}
+        if let Message::GiveUp { leave } = message {
+            self.give_up(ring, leave);
         }
     }
 
@@ -374,7 +479,7 @@ impl Service for RequestQueue {
     }
 
     fn in_flight(&self) -> usize {
-        self.flights.len() + self.order.waiting()
+        self.taken.len() + self.flights.len() + self.order.waiting()
     }
 }
 
@@ -390,6 +495,20 @@ impl Received {
         let data = if self.data.to_driver { outcome.transferred } else { 0 };
         ring.push(self.head, header + data);
     }
+}
+
+/// Whether a host call that does this at once may hang all the same. Reads from the page cache do not (RWF_NOWAIT); a
+/// write waits for as long as its file system is frozen, before the kernel looks at that flag (`sb_start_write`).
+fn may_hang(lun: &Lun, operation: &Operation) -> bool {
+    let cached = matches!(operation, Operation::Write { durability: Durability::Cached, .. });
+    cached && lun.waits_for_host()
+}
+
+/// Answers a command that has not begun.
+fn end_unbegun(ring: &mut Ring, chain: &CommandChain, how: Ended) {
+    let response = CommandResponse::ended(how, chain.data_in.len() + chain.data_out.len());
+    let written = ring.write(&chain.response, response.as_bytes());
+    ring.push(chain.head, written);
 }
 
 /// A request that is not one: no status, VIRTIO_SCSI_S_FAILURE.

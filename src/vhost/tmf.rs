@@ -7,25 +7,22 @@
 //! else.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError};
 
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::Connections;
 use super::guest_buf::Chain;
-use super::message::{Message, Peers, Report, Sweep, send_sweep};
+use super::message::{Mailbox, Message, Queues, Report, Sweep};
 use super::ring::Ring;
 use super::wire::{
     AsyncNotification, AsyncNotificationResponse, Ended, Response, T_AN_QUERY, T_AN_SUBSCRIBE,
     T_TMF, TaskManagement,
 };
-use super::worker::Service;
+use super::worker::{Service, Step};
 use crate::scsi::{Addressed, Lun, Nexus, Target, UnitAttention};
 use crate::store::Buffers;
-
-/// Functions waiting for their end at the same time; more are refused until one has ended.
-const MAX_PENDING: usize = 64;
 
 /// VIRTIO_SCSI_T_TMF_*.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,24 +81,25 @@ struct Pending {
 pub(super) struct ControlQueue {
     target: Arc<Target>,
     nexus: Arc<Nexus>,
-    peers: Peers,
+    queues: Arc<Queues>,
     connections: Arc<Connections>,
-    index: usize,
+    /// Its own: the end of a sweep comes there.
+    mailbox: Mailbox,
     pending: HashMap<u64, Pending>,
     next: u64,
 }
 
 impl ControlQueue {
-    /// The control queue `index` of a connection.
+    /// The control queue of a connection with these queues; `mailbox` is the one of its thread.
     pub(super) fn new(
         target: Arc<Target>,
         nexus: Arc<Nexus>,
-        peers: Peers,
+        queues: Arc<Queues>,
         connections: Arc<Connections>,
-        index: usize,
+        mailbox: Mailbox,
     ) -> Self {
         let pending = HashMap::new();
-        ControlQueue { target, nexus, peers, connections, index, pending, next: 0 }
+        ControlQueue { target, nexus, queues, connections, mailbox, pending, next: 0 }
     }
 
     fn begin(&mut self, ring: &mut Ring, chain: Chain) {
@@ -152,12 +150,9 @@ impl ControlQueue {
             Err(response) => return answer(ring, head, &room, response),
         };
         let tag = function.is_about_one_task().then_some(request.tag.get());
-        if self.pending.len() >= MAX_PENDING {
-            return answer(ring, head, &room, Response::Failure);
-        }
         let found = Arc::new(AtomicBool::new(false));
         let pending = Pending { head, room, function, disks, found };
-        self.start(ring, pending, tag);
+        self.start(pending, tag);
     }
 
     /// The disks that a function is about.
@@ -179,25 +174,19 @@ impl ControlQueue {
         }
     }
 
-    fn start(&mut self, ring: &mut Ring, pending: Pending, tag: Option<u64>) {
+    fn start(&mut self, pending: Pending, tag: Option<u64>) {
         let id = self.next;
         self.next += 1;
-        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let mailbox = peers.get(&self.index).cloned();
-        drop(peers);
-        let Some(to) = mailbox else {
-            return answer(ring, pending.head, &pending.room, Response::Failure);
-        };
         let disks = pending.disks.iter().map(|d| d.index()).collect();
         let found = Arc::clone(&pending.found);
-        let report = Report::Queue { to, id, found };
+        let report = Report::Queue { to: self.mailbox.clone(), id, found };
         let sweep = Arc::new(Sweep::new(disks, tag, pending.function.ends_with(), report));
         // A reset ends everybody's commands; all else is about those of this initiator: each has a task set
         // of its own (TST 001b).
-        match pending.function {
-            Function::LogicalUnitReset => self.connections.sweep(|_| true, &sweep),
-            _ => send_sweep(&self.peers, &sweep),
+        if pending.function == Function::LogicalUnitReset {
+            self.connections.sweep_for_reset(&self.queues, &sweep);
         }
+        self.queues.sweep(&sweep);
         self.pending.insert(id, pending);
     }
 
@@ -232,14 +221,16 @@ fn answer(ring: &mut Ring, head: u16, room: &Buffers, response: Response) {
 }
 
 impl Service for ControlQueue {
-    fn requests(&mut self, ring: &mut Ring) -> bool {
-        for _ in 0..ring.size() {
+    fn advance(&mut self, ring: &mut Ring, take: bool) -> Step {
+        // No more than a ring's worth wait for their end: a driver that hands out a chain twice gains nothing by it.
+        let most = if take { ring.size().saturating_sub(self.pending.len()) } else { 0 };
+        for _ in 0..most {
             match ring.pop() {
                 Some(chain) => self.begin(ring, chain),
-                None => return false,
+                None => return Step::Rest { more: false },
             }
         }
-        true
+        Step::Rest { more: take && self.wants_requests(ring) }
     }
 
     fn progress(&mut self, _: &mut Ring) {}
@@ -250,8 +241,13 @@ impl Service for ControlQueue {
         }
     }
 
-    fn wants_requests(&self, _: &Ring) -> bool {
-        true
+    /// Functions that wait for a ring which does not run may wait for ever.
+    fn stop(&mut self) {
+        self.queues.release();
+    }
+
+    fn wants_requests(&self, ring: &Ring) -> bool {
+        self.pending.len() < ring.size()
     }
 
     fn in_flight(&self) -> usize {

@@ -1,26 +1,46 @@
 //! One queue's life: a thread that owns a ring, waits for kicks, messages and completions in one
 //! place, and ends when it is told to, with nothing in flight.
+//!
+//! A queue thread makes short host calls itself, and some of them can hang: a write into the page cache waits as long as
+//! the file system is frozen. So a thread that makes such a call **lends** all it has, puts it where another can take it,
+//! and takes it back after the call. What the [`Watchdog`] finds lent for too long a new thread takes, and serves the
+//! queue from then on; the old one, when its call comes back at last, finds nothing to take back, hands in the outcome
+//! as any other thread would, and ends.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crossbeam_utils::atomic::AtomicCell;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::message::{Mailbox, Message};
+use super::message::{Mailbox, Message, Sweep};
 use super::ring::Ring;
+use super::watchdog::{Watchdog, Watched};
 use crate::sandbox::{self, Role};
+use crate::scsi::Target;
+use crate::store::{Operation, StoreError};
 
 /// What a queue is for. All methods are called on the queue's own thread and must not block.
-pub(super) trait Service {
-    /// There may be new requests: takes some. Returns whether it left some although it could go on.
-    fn requests(&mut self, ring: &mut Ring) -> bool;
+pub(super) trait Service: Send + 'static {
+    /// There may be new requests: goes on with those that were taken, and takes some if it may, until there is a
+    /// host call to make or nothing more to do now.
+    fn advance(&mut self, ring: &mut Ring, take: bool) -> Step;
+
+    /// The host call that was asked for is over.
+    fn called(&mut self, _ring: &mut Ring, _operation: Operation, _result: CallResult) {}
+
+    /// The host call that was asked for does not come back soon: from now on it is in flight like others. Says
+    /// what its thread is to do when it is over.
+    fn abandon(&mut self) -> Abandoned {
+        Box::new(|_, _| {})
+    }
 
     /// Sends on what was taken, because the thread does not sleep now.
     fn hand_over(&mut self) {}
@@ -44,8 +64,15 @@ pub(super) trait Service {
     /// Finishes what has completed.
     fn progress(&mut self, ring: &mut Ring);
 
+    /// Marks, and maybe ends, the commands that a task management function is about. What lies in the ring counts, if
+    /// it may still be taken.
+    fn sweep(&mut self, _ring: &mut Ring, _sweep: &Arc<Sweep>, _take: bool) {}
+
     /// A message that is not about the ring itself.
     fn message(&mut self, ring: &mut Ring, message: Message);
+
+    /// Nothing more will be taken; the queue ends when nothing is in flight.
+    fn stop(&mut self) {}
 
     /// Whether it would take a request now. If not, none is looked for until something else
     /// happens: a completion, a message, or a kick.
@@ -55,34 +82,105 @@ pub(super) trait Service {
     fn in_flight(&self) -> usize;
 }
 
-/// A queue thread that runs.
+/// How far a service got.
+pub(super) enum Step {
+    /// There is nothing more to do now, or `more` but it is another's turn.
+    Rest { more: bool },
+    /// Make this call, and tell [`Service::called`].
+    Call(HostCall),
+}
+
+/// A host call that may hang: [`crate::store::Store::try_now`] of a disk.
+pub(super) struct HostCall {
+    /// The disk, by its index.
+    pub disk: usize,
+    /// What to do.
+    pub operation: Operation,
+}
+
+/// What [`crate::store::Store::try_now`] said.
+pub(super) type CallResult = Option<Result<(), StoreError>>;
+
+/// The rest of an abandoned host call, run by its thread.
+pub(super) type Abandoned = Box<dyn FnOnce(Operation, CallResult) + Send>;
+
+/// What a queue needs of the device it belongs to.
+#[derive(Clone)]
+pub(super) struct Host {
+    /// Whose disks host calls are about.
+    pub target: Arc<Target>,
+    /// Who looks after threads in host calls.
+    pub watchdog: Watchdog,
+}
+
+/// A queue that runs.
 pub(super) struct Worker {
     mailbox: Mailbox,
-    thread: JoinHandle<u16>,
+    ended: Receiver<Ended>,
+    threads: Threads,
+}
+
+/// The threads that a queue has or has had.
+type Threads = Arc<Mutex<Vec<JoinHandle<()>>>>;
+
+/// What is left of a queue.
+pub(super) struct Ended {
+    /// Where the next request will be found.
+    pub next_avail: u16,
+    /// Sweeps that came when nothing was taken from the ring any more.
+    pub unheard: Vec<Arc<Sweep>>,
+    /// Messages that nobody has looked at.
+    pub inbox: Receiver<Message>,
 }
 
 impl Worker {
-    /// Starts a thread for `ring`. `make` gets an event to write to when a completion is there. `poll` says for how
-    /// long it may look for requests before it sleeps.
+    /// Starts a thread for `ring`, which has this mailbox. `poll` says for how long it may look for requests before it
+    /// sleeps.
     ///
     /// # Errors
-    /// If the host has no thread or file descriptor left.
-    pub(super) fn start<S: Service + Send + 'static>(
-        name: String,
+    /// If the host has no thread left; gives the inbox back.
+    pub(super) fn start<S: Service>(
+        index: usize,
+        host: Host,
         ring: Ring,
         kick: File,
         poll: Option<Duration>,
-        make: impl FnOnce(Arc<EventFd>) -> S,
-    ) -> io::Result<Self> {
-        let (sender, inbox) = mpsc::channel();
-        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
-        let wake = Arc::new(EventFd::from_flags(flags)?);
-        let mailbox = Mailbox::new(sender, Arc::clone(&wake));
-        let service = make(Arc::clone(&wake));
+        (mailbox, inbox): (Mailbox, Receiver<Message>),
+        service: S,
+    ) -> Result<Self, (io::Error, Receiver<Message>)> {
+        let (end, ended) = mpsc::channel();
         let spin = poll.map(Spin::new);
-        let state = State { ring, service, kick: Some(kick), wake, inbox, spin };
-        let thread = sandbox::spawn(name, Role::Queue, move || state.run())?;
-        Ok(Worker { mailbox, thread })
+        let state = State {
+            ring,
+            service,
+            kick: Some(kick),
+            mailbox: mailbox.clone(),
+            inbox,
+            spin,
+            stopping: false,
+            unheard: Vec::new(),
+            end,
+        };
+        let threads = Threads::default();
+        let loan = Loan::new(index, host, Arc::clone(&threads));
+        // Where a thread that could not be made does not take it with it.
+        loan.lent.store(Some(Box::new(state)));
+        let first = Arc::clone(&loan);
+        let thread = sandbox::spawn(loan.name(), Role::Queue, move || {
+            if let Some(state) = first.lent.take() {
+                first.serve(state);
+            }
+        });
+        match thread {
+            Ok(thread) => {
+                threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+                Ok(Worker { mailbox, ended, threads })
+            }
+            Err(error) => match loan.lent.take() {
+                Some(state) => Err((error, state.inbox)),
+                None => Err((error, mpsc::channel().1)),
+            },
+        }
     }
 
     /// Where to send it messages.
@@ -101,54 +199,210 @@ impl Worker {
         self.mailbox.send(Message::Stop);
     }
 
-    /// Waits until nothing is in flight and the thread is gone; returns where the next request will
-    /// be found.
-    pub(super) fn join(self) -> u16 {
+    /// Waits until nothing is in flight and the threads are gone. `None` if there is nothing left, which does not
+    /// happen.
+    pub(super) fn join(self) -> Option<Ended> {
         self.stop();
-        self.thread.join().unwrap_or_default()
+        let ended = self.ended.recv().ok();
+        let threads =
+            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            let _ = thread.join();
+        }
+        ended
     }
 }
 
+/// All that a queue thread has.
 struct State<S> {
     ring: Ring,
     service: S,
     kick: Option<File>,
-    wake: Arc<EventFd>,
+    mailbox: Mailbox,
     inbox: Receiver<Message>,
     spin: Option<Spin>,
+    /// It takes nothing more and ends when nothing is in flight.
+    stopping: bool,
+    unheard: Vec<Arc<Sweep>>,
+    end: Sender<Ended>,
 }
 
-impl<S: Service> State<S> {
-    fn run(mut self) -> u16 {
-        let mut stopping = false;
+/// What one thread of a queue shares with the watchdog, and with the thread that may take its place.
+struct Loan<S> {
+    index: usize,
+    host: Host,
+    threads: Threads,
+    /// What the thread has, while it is in a host call.
+    lent: AtomicCell<Option<Box<State<S>>>>,
+    /// Host calls begun and ended: odd in a call. Only the thread itself writes it.
+    calls: AtomicU64,
+    /// `calls` at the last look.
+    seen: AtomicU64,
+    /// The thread does not sleep.
+    awake: AtomicBool,
+    /// It serves the queue no longer.
+    over: AtomicBool,
+    /// There is a thread that will take over if the call is not back by then.
+    succession: AtomicBool,
+    /// What the thread is to do with a call that it was left in.
+    abandoned: Mutex<Option<Abandoned>>,
+    left: Condvar,
+}
+
+impl<S: Service> Loan<S> {
+    fn new(index: usize, host: Host, threads: Threads) -> Arc<Self> {
+        let loan = Arc::new(Loan {
+            index,
+            host,
+            threads,
+            lent: AtomicCell::new(None),
+            calls: AtomicU64::new(0),
+            seen: AtomicU64::new(0),
+            awake: AtomicBool::new(true),
+            over: AtomicBool::new(false),
+            succession: AtomicBool::new(false),
+            abandoned: Mutex::new(None),
+            left: Condvar::new(),
+        });
+        loan.host.watchdog.watch(Arc::<Self>::clone(&loan));
+        loan
+    }
+
+    fn name(&self) -> String {
+        format!("queue {}", self.index)
+    }
+
+    /// A thread's life: until the queue is stopped, or another thread has taken over.
+    fn serve(&self, mut state: Box<State<S>>) {
         loop {
-            while let Ok(message) = self.inbox.try_recv() {
-                stopping |= self.message(message);
+            state.hear();
+            state.service.progress(&mut state.ring);
+            if !state.stopping {
+                state.ring.spare_kicks();
             }
-            self.service.progress(&mut self.ring);
-            let mut more = false;
-            if !stopping {
-                self.ring.spare_kicks();
-                more = self.service.requests(&mut self.ring);
+            let more = loop {
+                let take = !state.stopping;
+                match state.service.advance(&mut state.ring, take) {
+                    Step::Rest { more } => break more,
+                    Step::Call(call) => match self.call(state, call) {
+                        Some(back) => state = back,
+                        None => return,
+                    },
+                }
+            };
+            let answered = state.ring.announce();
+            if state.stopping && state.service.in_flight() == 0 {
+                self.over.store(true, Ordering::Release);
+                return (*state).end();
             }
-            let answered = self.ring.announce();
-            if stopping && self.service.in_flight() == 0 {
-                return self.ring.next_avail();
-            }
-            let look = !stopping && self.service.wants_requests(&self.ring);
-            let more = more || self.service.is_behind();
-            if more || look && (self.spin(answered) || self.ring.await_kicks()) {
-                self.service.hand_over();
+            let look = !state.stopping && state.service.wants_requests(&state.ring);
+            let more = more || state.service.is_behind();
+            if more || look && (state.spin(answered) || state.ring.await_kicks()) {
+                state.service.hand_over();
             } else {
-                self.rest();
+                self.awake.store(false, Ordering::SeqCst);
+                state.rest();
+                self.awake.store(true, Ordering::SeqCst);
+                self.host.watchdog.wake();
             }
         }
     }
 
-    /// Handles a message; says whether it was the last one.
-    fn message(&mut self, message: Message) -> bool {
+    /// Makes a host call; `None` if the queue was taken over meanwhile.
+    #[inline]
+    fn call(&self, state: Box<State<S>>, call: HostCall) -> Option<Box<State<S>>> {
+        let HostCall { disk, operation } = call;
+        let begun = self.calls.load(Ordering::Relaxed).wrapping_add(1);
+        self.lent.store(Some(state));
+        self.calls.store(begun, Ordering::Release);
+        let store = self.host.target.disks().get(disk).map(|lun| lun.store());
+        let result = store.and_then(|store| store.try_now(&operation));
+        let Some(mut state) = self.lent.take() else {
+            self.finish_abandoned(operation, result);
+            return None;
+        };
+        self.calls.store(begun.wrapping_add(1), Ordering::Relaxed);
+        state.service.called(&mut state.ring, operation, result);
+        Some(state)
+    }
+
+    #[cold]
+    fn finish_abandoned(&self, operation: Operation, result: CallResult) {
+        let none = |abandoned: &mut Option<Abandoned>| abandoned.is_none();
+        let abandoned = self.abandoned.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut abandoned =
+            self.left.wait_while(abandoned, none).unwrap_or_else(PoisonError::into_inner);
+        if let Some(finish) = abandoned.take() {
+            drop(abandoned);
+            finish(operation, result);
+        }
+    }
+
+    /// Takes over from the thread of this loan, if that is still in the call that was seen.
+    fn succeed(&self, seen: u64) {
+        let still = self.calls.load(Ordering::Acquire) == seen;
+        let Some(mut state) = still.then(|| self.lent.take()).flatten() else {
+            return self.succession.store(false, Ordering::Release);
+        };
+        self.over.store(true, Ordering::Release);
+        let abandoned = state.service.abandon();
+        *self.abandoned.lock().unwrap_or_else(PoisonError::into_inner) = Some(abandoned);
+        self.left.notify_one();
+        let next = Loan::new(self.index, self.host.clone(), Arc::clone(&self.threads));
+        next.serve(state);
+    }
+}
+
+impl<S: Service> Watched for Loan<S> {
+    fn is_awake(&self) -> bool {
+        self.awake.load(Ordering::SeqCst)
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    fn look(self: Arc<Self>) {
+        let calls = self.calls.load(Ordering::Acquire);
+        let hangs = calls % 2 == 1 && self.seen.swap(calls, Ordering::Relaxed) == calls;
+        if !hangs || self.is_over() || self.succession.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        // The new thread takes what is lent when it runs, so that nothing is lost if there is none.
+        let of_thread = Arc::clone(&self);
+        match sandbox::spawn(self.name(), Role::Queue, move || of_thread.succeed(calls)) {
+            Ok(thread) => {
+                let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+                threads.retain(|thread| !thread.is_finished());
+                threads.push(thread);
+            }
+            // The next look tries again.
+            Err(_) => self.succession.store(false, Ordering::Release),
+        }
+    }
+}
+
+impl<S: Service> State<S> {
+    /// Nothing is in flight: says where the queue was left.
+    fn end(self) {
+        let State { ring, unheard, inbox, end, .. } = self;
+        // Nobody waits for it when the connection is being torn down without a join; then there is nothing to say.
+        let _ = end.send(Ended { next_avail: ring.next_avail(), unheard, inbox });
+    }
+
+    /// Handles the messages that are there.
+    fn hear(&mut self) {
+        while let Ok(message) = self.inbox.try_recv() {
+            self.message(message);
+        }
+    }
+
+    fn message(&mut self, message: Message) {
         match message {
-            Message::Stop => return true,
+            Message::Stop => {
+                self.stopping = true;
+                self.service.stop();
+            }
             Message::SetMemory(memory, done) => {
                 self.ring.set_memory(&memory);
                 let _ = done.send(());
@@ -161,9 +415,16 @@ impl<S: Service> State<S> {
                 self.ring.set_call(call);
                 let _ = done.send(());
             }
+            Message::Sweep(sweep) => {
+                self.service.sweep(&mut self.ring, &sweep, !self.stopping);
+                // The driver sees what has ended before it sees the end of the function.
+                self.ring.announce();
+                if self.stopping {
+                    self.unheard.push(sweep);
+                }
+            }
             other => self.service.message(&mut self.ring, other),
         }
-        false
     }
 
     /// Looks for something to do for a while, if that was worth it lately; says whether there is. A driver
@@ -198,11 +459,11 @@ impl<S: Service> State<S> {
     /// Sleeps until there is a kick, a message or a completion.
     fn wait(&mut self) {
         let kick = self.kick.as_ref().map(AsRawFd::as_raw_fd);
-        if self.service.sleep([Some(self.wake.as_raw_fd()), kick]).is_some() {
+        if self.service.sleep([Some(self.mailbox.wake().as_raw_fd()), kick]).is_some() {
             // Nobody waits for these events to be readable, so that they need not be read.
             return;
         }
-        let mut fds = vec![PollFd::new(self.wake.as_ref().as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![PollFd::new(self.mailbox.wake().as_ref().as_fd(), PollFlags::POLLIN)];
         fds.extend(self.kick.as_ref().map(|k| PollFd::new(k.as_fd(), PollFlags::POLLIN)));
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -211,7 +472,7 @@ impl<S: Service> State<S> {
         let ready = |n: usize| fds.get(n).and_then(PollFd::any).unwrap_or(false);
         let (woken, kicked) = (ready(0), ready(1));
         if woken {
-            let _ = self.wake.read();
+            let _ = self.mailbox.wake().read();
         }
         if kicked && !self.consume_kick() {
             log::warn!("kick is no event; the queue is served without it");

@@ -16,19 +16,20 @@ pub struct ThreadEngine<J> {
 }
 
 struct Running {
-    work: WorkId,
+    /// `None` if a thread of its own is at it.
+    work: Option<WorkId>,
     store: Arc<dyn Store>,
     cancel: Arc<Cancel>,
 }
 
 /// Where pool threads leave completions for the queue thread.
-struct Port<J> {
+pub(super) struct Port<J> {
     finished: Mutex<Vec<Completion<J>>>,
     wake: Arc<EventFd>,
 }
 
 impl<J> Port<J> {
-    fn post(&self, token: Token, result: Finished<J>) {
+    pub(super) fn post(&self, token: Token, result: Finished<J>) {
         let completion = Completion { token, result };
         self.finished.lock().unwrap_or_else(PoisonError::into_inner).push(completion);
         // It fails only if the counter is full, and then the queue thread is awake already.
@@ -53,11 +54,24 @@ impl<J: Send + 'static> ThreadEngine<J> {
         let cancel = Arc::new(Cancel::default());
         let (port, flag, on) = (Arc::clone(&self.port), Arc::clone(&cancel), Arc::clone(store));
         let work = store.pool().run(Box::new(move || port.post(token, work(&flag, on.as_ref()))));
-        self.running.insert(id, Running { work, store: Arc::clone(store), cancel });
+        self.running.insert(id, Running { work: Some(work), store: Arc::clone(store), cancel });
     }
 }
 
 impl<J: Send + 'static> ThreadEngine<J> {
+    /// Counts an operation as running that another thread is at, which will post its completion.
+    pub(super) fn adopt(&mut self, token: u32, store: &Arc<dyn Store>) -> Arc<Cancel> {
+        let cancel = Arc::new(Cancel::default());
+        let running = Running { work: None, store: Arc::clone(store), cancel: Arc::clone(&cancel) };
+        self.running.insert(token, running);
+        cancel
+    }
+
+    /// Where completions are posted.
+    pub(super) fn port(&self) -> Arc<Port<J>> {
+        Arc::clone(&self.port)
+    }
+
     /// Has a thread do an operation.
     pub(super) fn hand_over(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation) {
         self.run(token, store, |cancel, store| {
@@ -81,7 +95,7 @@ impl<J: Send + 'static> Engine<J> for ThreadEngine<J> {
     fn cancel(&mut self, token: u32) {
         let Some(running) = self.running.get(&token) else { return };
         running.cancel.request();
-        if running.store.pool().withdraw(running.work).is_some() {
+        if running.work.and_then(|work| running.store.pool().withdraw(work)).is_some() {
             self.port.post(Token(token), Finished::Withdrawn);
         }
     }

@@ -15,8 +15,8 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::sys::eventfd::EventFd;
 
-use super::threads::ThreadEngine;
-use super::{Completion, Engine, EngineKind, Finished, Job, Operation, Token};
+use super::threads::{Port, ThreadEngine};
+use super::{Cancel, Completion, Engine, EngineKind, Finished, Job, Operation, Token};
 use crate::store::{Cause, Durability, Hold, Store, StoreError};
 
 /// Transfers in a ring at the same time; more go to the pool.
@@ -34,16 +34,24 @@ const ENTER_GETEVENTS: u32 = 1;
 
 /// A ring for transfers, threads for the rest.
 pub struct UringEngine<J: Send + 'static> {
-    ring: Ring,
+    side: RingSide,
     threads: ThreadEngine<J>,
     /// The stores of operations that were in the ring, by number.
     stores: Vec<Option<Arc<dyn Store>>>,
+    done: Vec<Completion<J>>,
+}
+
+/// A ring and what it is at. The kernel completes its transfers only while the thread that made them asks for it, so that
+/// they stay with that thread ([`UringEngine::leave`]).
+struct RingSide {
+    ring: Ring,
     /// What the ring is at, by token.
     flights: Vec<Option<Flight>>,
     flying: usize,
+    /// The store, by its number, that all it is at belongs to, if it is one.
+    only: Option<usize>,
     /// The events that the ring looks at, and whether they were seen to be readable.
     events: [Event; 2],
-    done: Vec<Completion<J>>,
 }
 
 /// An event that is waited for in the ring.
@@ -80,32 +88,7 @@ impl<J: Send + 'static> UringEngine<J> {
             EngineKind::Auto | EngineKind::Uring => Ring::Untried,
         };
         let threads = ThreadEngine::new(wake);
-        UringEngine {
-            ring,
-            threads,
-            stores: Vec::new(),
-            flights: Vec::new(),
-            flying: 0,
-            events: [Event::default(); 2],
-            done: Vec::new(),
-        }
-    }
-
-    /// The ring, if the kernel lets us have one.
-    fn ring(&mut self) -> Option<&mut IoUring> {
-        if let Ring::Untried = self.ring {
-            self.ring = match make() {
-                Ok(ring) => Ring::Ready(Box::new(ring)),
-                Err(error) => {
-                    log::info!("no io_uring here ({error}): transfers are made by threads");
-                    Ring::Refused
-                }
-            };
-        }
-        match &mut self.ring {
-            Ring::Ready(ring) => Some(ring),
-            Ring::Untried | Ring::Refused => None,
-        }
+        UringEngine { side: RingSide::new(ring), threads, stores: Vec::new(), done: Vec::new() }
     }
 
     /// Keeps a store, so that its file stays open while the kernel is at it.
@@ -125,34 +108,137 @@ impl<J: Send + 'static> UringEngine<J> {
         token: u32,
         number: usize,
         store: &Arc<dyn Store>,
-        mut operation: Operation,
+        operation: Operation,
     ) -> Result<usize, Operation> {
-        if self.flying >= DEPTH as usize {
+        if self.side.flying >= DEPTH as usize {
             return Err(operation);
         }
         let Some((file, hold)) = store.ring_file(&operation) else {
             return Err(operation);
         };
         self.keep(number, store);
-        let (Some(entry), Some(ring)) = (entry(file, &mut operation), self.ring()) else {
-            store.ring_done(hold);
-            return Err(operation);
+        self.side.launch(token, file, Flight { number, operation, hold }).map_err(|flight| {
+            store.ring_done(flight.hold);
+            flight.operation
+        })
+    }
+
+    /// Takes the ring's completions; what is not wholly done is done again by a thread.
+    fn land(&mut self) {
+        let UringEngine { side, threads, stores, done } = self;
+        side.land(|token, Flight { number, operation, hold }, result| {
+            let store = stores.get(number).and_then(Option::as_ref);
+            store.inspect(|store| store.ring_done(hold));
+            match (outcome(&operation, result), store) {
+                (None, Some(store)) => threads.hand_over(token, store, operation),
+                (result, _) => {
+                    let result = result.unwrap_or(Err(Cause::Medium.into()));
+                    done.push(Completion { token, result: Finished::Operation(result) });
+                }
+            }
+        });
+    }
+
+    /// Whether the thread may make a call on the store of this number that may not come back: nothing of another
+    /// store would be left behind with it.
+    #[inline]
+    pub fn may_leave(&self, number: usize) -> bool {
+        self.side.flying == 0 || self.side.only == Some(number)
+    }
+
+    /// The thread that has used this engine does not come back from an operation on a store, and another goes on in
+    /// its place: the operation is in flight from now on, and so is what the ring is at, which stays with the old
+    /// thread. Says what that is to do when it is back.
+    pub fn leave(&mut self, token: Token, store: &Arc<dyn Store>) -> Left<J> {
+        let ring = match self.side.ring {
+            Ring::Refused => Ring::Refused,
+            Ring::Untried | Ring::Ready(_) => Ring::Untried,
+        };
+        let side = std::mem::replace(&mut self.side, RingSide::new(ring));
+        for (slot, _) in (0..).zip(&side.flights).filter(|(_, flight)| flight.is_some()) {
+            let _ = self.threads.adopt(slot, store);
+        }
+        let cancel = self.threads.adopt(token.0, store);
+        Left { side, port: self.threads.port(), token, store: Arc::clone(store), cancel }
+    }
+}
+
+/// What a thread has to finish that was left in an operation.
+pub struct Left<J: Send + 'static> {
+    side: RingSide,
+    port: Arc<Port<J>>,
+    token: Token,
+    store: Arc<dyn Store>,
+    cancel: Arc<Cancel>,
+}
+
+impl<J: Send + 'static> Left<J> {
+    /// The operation is over with this result; or it could not be done at once, and is done now. Then everything that
+    /// the old thread's ring is at.
+    pub fn finish(self, operation: Operation, result: Option<Result<(), StoreError>>) {
+        let Left { mut side, port, token, store, cancel } = self;
+        let result = match result {
+            Some(result) => result,
+            None if cancel.is_requested() => Err(Cause::Cancelled.into()),
+            None => operation.run(store.as_ref()),
+        };
+        port.post(token, Finished::Operation(result));
+        while side.flying > 0 {
+            side.enter(1);
+            side.land(|token, Flight { operation, hold, .. }, result| {
+                store.ring_done(hold);
+                let result = outcome(&operation, result);
+                let result = result.unwrap_or_else(|| operation.run(store.as_ref()));
+                port.post(token, Finished::Operation(result));
+            });
+        }
+    }
+}
+
+impl RingSide {
+    fn new(ring: Ring) -> Self {
+        let events = [Event::default(); 2];
+        RingSide { ring, flights: Vec::new(), flying: 0, only: None, events }
+    }
+
+    /// The ring, if the kernel lets us have one.
+    fn ring(&mut self) -> Option<&mut IoUring> {
+        if let Ring::Untried = self.ring {
+            self.ring = match make() {
+                Ok(ring) => Ring::Ready(Box::new(ring)),
+                Err(error) => {
+                    log::info!("no io_uring here ({error}): transfers are made by threads");
+                    Ring::Refused
+                }
+            };
+        }
+        match &mut self.ring {
+            Ring::Ready(ring) => Some(ring),
+            Ring::Untried | Ring::Refused => None,
+        }
+    }
+
+    /// Puts a transfer into the ring; as [`UringEngine::launch`].
+    fn launch(&mut self, token: u32, file: RawFd, mut flight: Flight) -> Result<usize, Flight> {
+        let (Some(entry), Some(ring)) = (entry(file, &mut flight.operation), self.ring()) else {
+            return Err(flight);
         };
         // SAFETY: the memory, and the vector of segments if there is one, belong to the operation, which stays in
         // `flights` until the kernel says it is done with it; neither moves with it. The file belongs to the store,
-        // which stays in `stores`.
+        // which whoever has this side keeps.
         let pushed = unsafe { ring.submission().push(&entry.user_data(token.into())) };
         if pushed.is_err() {
-            store.ring_done(hold);
-            return Err(operation);
+            return Err(flight);
         }
         let queued = ring.submission().len();
         let slot = token as usize;
         if self.flights.len() <= slot {
             self.flights.resize_with(slot + 1, || None);
         }
+        let all_same = self.flying == 0 || self.only == Some(flight.number);
+        self.only = all_same.then_some(flight.number);
         if let Some(place) = self.flights.get_mut(slot) {
-            *place = Some(Flight { number, operation, hold });
+            *place = Some(flight);
         }
         self.flying += 1;
         Ok(queued)
@@ -189,8 +275,8 @@ impl<J: Send + 'static> UringEngine<J> {
         event.watched = pushed.is_ok();
     }
 
-    /// Takes the ring's completions; what is not wholly done is done again by a thread.
-    fn land(&mut self) {
+    /// Takes some of the ring's completions.
+    fn land(&mut self, mut each: impl FnMut(Token, Flight, i32)) {
         let Ring::Ready(ring) = &mut self.ring else { return };
         for entry in ring.completion().take(LANDED) {
             if let Some(which) = entry.user_data().checked_sub(EVENTS) {
@@ -206,19 +292,33 @@ impl<J: Send + 'static> UringEngine<J> {
             let slot = usize::try_from(entry.user_data()).unwrap_or(usize::MAX);
             let Some(flight) = self.flights.get_mut(slot).and_then(Option::take) else { continue };
             self.flying -= 1;
-            let token = Token(u32::try_from(slot).unwrap_or(u32::MAX));
-            let Flight { number, operation, hold } = flight;
-            let store = self.stores.get(number).and_then(Option::as_ref);
-            store.inspect(|store| store.ring_done(hold));
-            match (outcome(&operation, entry.result()), store) {
-                (None, Some(store)) => {
-                    self.threads.hand_over(token, store, operation);
-                }
-                (result, _) => {
-                    let result = result.unwrap_or(Err(Cause::Medium.into()));
-                    self.done.push(Completion { token, result: Finished::Operation(result) });
-                }
-            }
+            each(Token(u32::try_from(slot).unwrap_or(u32::MAX)), flight, entry.result());
+        }
+    }
+
+    fn flush(&mut self) {
+        let Ring::Ready(ring) = &mut self.ring else { return };
+        let queued = !ring.submission().is_empty();
+        if queued || self.flying > 0 && ring.completion().is_empty() {
+            self.enter(0);
+        }
+    }
+
+    fn has_landed(&mut self) -> bool {
+        match &mut self.ring {
+            Ring::Ready(ring) => !ring.completion().is_empty(),
+            Ring::Untried | Ring::Refused => false,
+        }
+    }
+}
+
+impl Drop for RingSide {
+    /// A queue ends with nothing in flight. Should it not, the kernel must not write to memory that is
+    /// somebody else's by then.
+    fn drop(&mut self) {
+        while self.flying > 0 {
+            self.enter(1);
+            self.land(|_, _, _| {});
         }
     }
 }
@@ -304,7 +404,7 @@ impl<J: Send + 'static> Engine<J> for UringEngine<J> {
         operation: Operation,
     ) {
         match self.launch(token.0, number, store, operation) {
-            Ok(queued) if queued >= AT_ONCE => self.enter(0),
+            Ok(queued) if queued >= AT_ONCE => self.side.enter(0),
             Ok(_) => {}
             Err(operation) => self.threads.hand_over(token, store, operation),
         }
@@ -316,61 +416,44 @@ impl<J: Send + 'static> Engine<J> for UringEngine<J> {
 
     fn cancel(&mut self, token: u32) {
         // What the kernel is at goes on.
-        if self.flights.get(token as usize).is_none_or(Option::is_none) {
+        if self.side.flights.get(token as usize).is_none_or(Option::is_none) {
             self.threads.cancel(token);
         }
     }
 
     fn flush(&mut self) {
-        let Ring::Ready(ring) = &mut self.ring else { return };
-        let queued = !ring.submission().is_empty();
-        if queued || self.flying > 0 && ring.completion().is_empty() {
-            self.enter(0);
-        }
+        self.side.flush();
     }
 
     fn sleep(&mut self, events: [Option<RawFd>; 2]) -> Option<[bool; 2]> {
-        let Ring::Ready(_) = &self.ring else { return None };
+        let side = &mut self.side;
+        let Ring::Ready(_) = &side.ring else { return None };
         for (n, event) in events.into_iter().enumerate() {
-            self.watch(n, event);
+            side.watch(n, event);
         }
         // An event that was seen meanwhile may be about something that nobody has looked for since.
-        if self.has_landed() || self.events.iter().any(|event| event.readable) {
-            self.flush();
+        if side.has_landed() || side.events.iter().any(|event| event.readable) {
+            side.flush();
         } else {
-            self.enter(1);
+            side.enter(1);
         }
         self.land();
-        Some(self.events.each_mut().map(|event| std::mem::take(&mut event.readable)))
+        Some(self.side.events.each_mut().map(|event| std::mem::take(&mut event.readable)))
     }
 
     fn has_completions(&mut self) -> bool {
-        self.flush();
-        self.has_landed()
+        self.side.flush();
+        self.side.has_landed()
     }
 
     fn has_landed(&mut self) -> bool {
-        match &mut self.ring {
-            Ring::Ready(ring) => !ring.completion().is_empty(),
-            Ring::Untried | Ring::Refused => false,
-        }
+        self.side.has_landed()
     }
 
     fn completions(&mut self, into: &mut Vec<Completion<J>>) {
         self.land();
         into.append(&mut self.done);
         self.threads.completions(into);
-    }
-}
-
-impl<J: Send + 'static> Drop for UringEngine<J> {
-    /// A queue ends with nothing in flight. Should it not, the kernel must not write to memory that is
-    /// somebody else's by then.
-    fn drop(&mut self) {
-        while self.flying > 0 {
-            self.enter(1);
-            self.land();
-        }
     }
 }
 
