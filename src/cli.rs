@@ -175,7 +175,8 @@ Disk options (a comma in a path or value is doubled; without lun= the disks are 
   rotational            look like a disk that turns
   locking=off           do not lock the file: for the daemon that a guest migrates to
   fault=OP:EFFECT[@FROM-TO][*COUNT][+...]  let the host fail: OP read, write, flush, discard, zero,
-                        copy or any; EFFECT eio, enospc, erofs, enomem, half or delay-ms-N
+                        copy or any; EFFECT eio, enospc, erofs, enomem, half, delay-ms-N
+                        or stall-ms-N (as a frozen file system)
 
 Log lines are chosen by the environment variable RUST_LOG (error, warn, info, debug).
 SIGHUP looks at the sizes of the disks again; SIGTERM and SIGINT end the program cleanly.";

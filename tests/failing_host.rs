@@ -144,6 +144,79 @@ fn a_disk_that_hangs_hangs_alone() {
     assert_eq!(ScsiResponse::parse(&answer).response, response::ABORTED);
 }
 
+/// A write in which the host holds the queue's own thread holds up no other disk of the queue, no task management of
+/// others, and no message; transfers of other disks that are in the queue's ring end; and the abort of what hangs is
+/// answered when that has ended.
+#[test]
+fn a_write_that_holds_its_thread_holds_nothing_else() {
+    let scratch = Scratch::new();
+    let names = ["stuck.img", "cached.img", "direct.img"];
+    let [stuck, cached, direct] = names.map(|name| scratch.image(name, SIZE));
+    let daemon = Daemon::builder(&scratch)
+        .disk(&stuck, "fault=write:stall-ms-5000@0-4096*2")
+        .disk(&cached, "")
+        .disk(&direct, "cache=direct")
+        .spawn();
+    let fe = FrontEnd::builder().queues(2).connect(&daemon);
+    let [stuck, cached, direct] = [0, 1, 2].map(|lun| fe.ready_lun(0, lun));
+    direct.write16(0, &vec![3; 64 << 10]);
+    for round in 0..2u64 {
+        let start = Instant::now();
+        // In the second round there is something in the ring when the write comes.
+        let reads: Vec<_> = (0..8 * round)
+            .map(|n| direct.submit(&direct.request(cdb::read16(n * 8, 8)).data_in(4096)))
+            .collect();
+        let write = stuck.request(cdb::write16(0, 8)).data_out(vec![1; 4096]).tag(77);
+        let ticket = stuck.submit(&write);
+        // To the same disk, behind it: these are handed over.
+        let behind: Vec<_> = (1..9)
+            .map(|n| {
+                let write = stuck.request(cdb::write16(n * 8, 8)).data_out(vec![4; 4096]);
+                stuck.submit(&write)
+            })
+            .collect();
+        for (n, ticket) in reads.into_iter().enumerate() {
+            assert_eq!(fe.wait(ticket).expect_good().data(), [3; 4096], "read {n}");
+        }
+        for n in 0..50 {
+            cached.write16(n * 8, &[round as u8 + 5; 4096]);
+            assert_eq!(cached.read16(n * 8, 8), [round as u8 + 5; 4096]);
+            direct.write16(n * 8, &[3; 4096]);
+        }
+        behind.into_iter().for_each(|ticket| {
+            fe.wait(ticket).expect_good();
+        });
+        cached.synchronize_cache();
+        fe.renew_call(FIRST_REQUEST_QUEUE);
+        fe.add_region(&RegionSpec::new(64 * GIB, MIB));
+        fe.remove_region(64 * GIB);
+        assert_eq!(fe.stop_queue(FIRST_REQUEST_QUEUE + 1), fe.base(FIRST_REQUEST_QUEUE + 1));
+        fe.start_queue(FIRST_REQUEST_QUEUE + 1, fe.base(FIRST_REQUEST_QUEUE + 1));
+        assert_eq!(fe.tmf(Tmf::AbortTaskSet, cached.address, 0), response::FUNCTION_COMPLETE);
+        assert_eq!(fe.tmf(Tmf::LogicalUnitReset, direct.address, 0), response::FUNCTION_COMPLETE);
+        direct.clear_unit_attentions();
+        assert_eq!(fe.tmf(Tmf::QueryTask, stuck.address, 77), response::FUNCTION_SUCCEEDED);
+        assert!(fe.queue(FIRST_REQUEST_QUEUE).try_take(ticket).is_none(), "it hangs no longer");
+        assert_eq!(fe.tmf(Tmf::AbortTask, stuck.address, 77), response::FUNCTION_COMPLETE);
+        assert!(start.elapsed() >= Duration::from_millis(5000), "aborted before its end");
+        let answer = fe.queue(FIRST_REQUEST_QUEUE).try_take(ticket);
+        let answer = ScsiResponse::parse(&answer.expect("answered before the abort"));
+        assert_eq!(answer.response, response::ABORTED);
+        stuck.write16(64, &[6; 4096]);
+        assert_eq!(stuck.read16(64, 8), [6; 4096]);
+    }
+    let left = daemon.log().matches("does not come back from a write").count();
+    assert_eq!(left, 1, "only a thread without transfers of others is left in a write");
+    // Its threads end: one for each queue that runs is left.
+    let queues = || {
+        let names = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+        let names =
+            names.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+        names.filter(|name| name.starts_with("queue ")).count()
+    };
+    eventually("one thread a queue", || queues() == 4);
+}
+
 /// A file that is cut off under the disk: what is not there reads as zeroes, nobody dies of it, and writes bring it
 /// back.
 #[test]

@@ -32,6 +32,8 @@ enum Effect {
     Fails(Cause),
     /// It succeeds after this long.
     Late(Duration),
+    /// It holds whoever makes the call for this long, as a frozen file system does, then it succeeds.
+    Stalls(Duration),
     /// Its first half is done, then it fails.
     Half,
 }
@@ -94,10 +96,12 @@ impl FromStr for Fault {
             "erofs" => Effect::Fails(Cause::ReadOnly),
             "enomem" => Effect::Fails(Cause::Busy),
             "half" => Effect::Half,
-            _ => match effect.strip_prefix("delay-ms-") {
-                Some(ms) => Effect::Late(Duration::from_millis(number(ms)?)),
-                None => {
-                    return Err("EFFECT is eio, enospc, erofs, enomem, half or delay-ms-N".into());
+            _ => match effect.split_once("-ms-") {
+                Some(("delay", ms)) => Effect::Late(Duration::from_millis(number(ms)?)),
+                Some(("stall", ms)) => Effect::Stalls(Duration::from_millis(number(ms)?)),
+                _ => {
+                    let known = "eio, enospc, erofs, enomem, half, delay-ms-N or stall-ms-N";
+                    return Err(format!("EFFECT is {known}"));
                 }
             },
         };
@@ -129,7 +133,7 @@ impl<S: Store> Faults<S> {
             let at = range.start.max(fault.range.start);
             match fault.effect {
                 Effect::Fails(cause) => return Err(StoreError::at(cause, at)),
-                Effect::Late(time) => std::thread::sleep(time),
+                Effect::Late(time) | Effect::Stalls(time) => std::thread::sleep(time),
                 Effect::Half => return Ok(Some(range.start + (range.end - range.start) / 2)),
             }
         }
@@ -226,9 +230,20 @@ impl<S: Store> Store for Faults<S> {
         self.run(Target::Zero, range, |part| self.store.reserve(part))
     }
 
-    /// Nothing: faults may take time.
-    fn try_now(&self, _: &Operation) -> Option<Result<(), StoreError>> {
-        None
+    /// Nothing, but for stalls of writes: other faults happen where there is time for them.
+    fn try_now(&self, operation: &Operation) -> Option<Result<(), StoreError>> {
+        let stalls = |fault: &Fault| {
+            matches!(fault.effect, Effect::Stalls(_)) && fault.target == Target::Write
+        };
+        if !self.faults.iter().all(stalls) {
+            return None;
+        }
+        if let Operation::Write { offset, from, .. } = operation
+            && let Err(error) = self.strike(Target::Write, &bytes(*offset, from))
+        {
+            return Some(Err(error));
+        }
+        self.store.try_now(operation)
     }
 
     fn ring_file(&self, _: &Operation) -> Option<(RawFd, Hold)> {

@@ -245,6 +245,13 @@ impl FrontEnd {
     /// flight stay as they are.
     #[track_caller]
     pub fn reconnect(&mut self, daemon: &Daemon) {
+        self.connect_again(daemon);
+        self.start_like_qemu();
+        self.barrier();
+    }
+
+    #[track_caller]
+    fn connect_again(&mut self, daemon: &Daemon) {
         self.diagnosis = daemon.diagnosis();
         self.channel = Mutex::new(Channel::new(daemon.connect(), self.diagnosis.clone()));
         for queue in &self.queues {
@@ -253,8 +260,6 @@ impl FrontEnd {
         }
         self.negotiate();
         self.reconnected = true;
-        self.start_like_qemu();
-        self.barrier();
     }
 
     /// What was kept of the requests in flight, to look at or to spoil.
@@ -310,6 +315,24 @@ impl FrontEnd {
 
     #[track_caller]
     fn start_like_qemu(&self) {
+        self.set_up();
+        for index in 0..self.queues.len() {
+            self.enable_queue(index, true);
+        }
+        self.set_calls();
+    }
+
+    #[track_caller]
+    fn set_calls(&self) {
+        for index in 0..self.queues.len() {
+            let queue = self.queue(index);
+            self.set_vring_fd(request::SET_VRING_CALL, index, queue.call_fd());
+        }
+    }
+
+    /// Everything that comes before SET_VRING_ENABLE when QEMU starts a device.
+    #[track_caller]
+    pub fn set_up(&self) {
         if let Some((kept, file)) = &self.inflight {
             self.set(request::SET_INFLIGHT_FD, kept, &[file.as_raw_fd()], true);
         }
@@ -322,13 +345,19 @@ impl FrontEnd {
             let base = self.queue(index).ring().used_idx().wrapping_sub(missed);
             self.start_queue_without_call(index, base);
         }
-        for index in 0..self.queues.len() {
-            self.enable_queue(index, true);
-        }
-        for index in 0..self.queues.len() {
-            let queue = self.queue(index);
-            self.set_vring_fd(request::SET_VRING_CALL, index, queue.call_fd());
-        }
+    }
+
+    /// Ends the connection without another word; memory and rings stay, for [`FrontEnd::reconnect`].
+    pub fn hang_up(&self) {
+        let _ = self.channel().socket().shutdown(std::net::Shutdown::Both);
+    }
+
+    /// The first half of [`FrontEnd::reconnect`]: all but SET_VRING_ENABLE.
+    #[track_caller]
+    pub fn reconnect_without_enabling(&mut self, daemon: &Daemon) {
+        self.connect_again(daemon);
+        self.set_up();
+        self.set_calls();
     }
 
     #[track_caller]
@@ -508,6 +537,19 @@ impl FrontEnd {
     pub fn enable_queue(&self, index: usize, on: bool) {
         let payload = vring_state(index, u32::from(on));
         self.set(request::SET_VRING_ENABLE, &payload, &[], self.config.order == Order::Qemu10);
+    }
+
+    /// SET_VRING_CALL with what is there already, which waits for the queue's thread.
+    #[track_caller]
+    pub fn renew_call(&self, index: usize) {
+        let queue = self.queue(index);
+        let payload = (index as u64).to_ne_bytes();
+        self.set(request::SET_VRING_CALL, &payload, &[queue.call_fd().as_raw_fd()], true);
+    }
+
+    /// Where a queue with nothing in flight goes on.
+    pub fn base(&self, index: usize) -> u16 {
+        self.queue(index).ring().used_idx()
     }
 
     /// GET_VRING_BASE: stops the queue; returns the index of the next available entry.
