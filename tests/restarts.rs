@@ -91,6 +91,10 @@ fn a_function_that_waits_for_a_ring_holds_up_no_end() {
     let mut served = daemon(&scratch, 2, "");
     fe.reconnect_without_enabling(&served);
     fe.enable_queue(CONTROL_QUEUE, true);
+    eventually("the function is taken", || {
+        let queue = fe.queue(CONTROL_QUEUE);
+        queue.ring().avail_event() == queue.ring().published()
+    });
     fe.stop_queue(CONTROL_QUEUE);
     let done = fe.queue(CONTROL_QUEUE).try_take(answer).expect("answered at the end");
     assert_eq!(tmf_response(&done), response::FUNCTION_COMPLETE);
