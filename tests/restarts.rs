@@ -119,8 +119,12 @@ fn a_reset_by_another_guest_reaches_rings_that_are_starting() {
     let scratch = Scratch::new();
     let (mut fe, read, _) = away(&scratch, Tmf::QueryTask);
     let served = daemon(&scratch, 2, "");
-    let stream = UnixStream::connect(scratch.join("other.sock")).unwrap();
-    let other = FrontEnd::builder().queues(1).attach(stream, served.diagnosis());
+    let mut stream = None;
+    eventually("the second socket", || {
+        stream = UnixStream::connect(scratch.join("other.sock")).ok();
+        stream.is_some()
+    });
+    let other = FrontEnd::builder().queues(1).attach(stream.unwrap(), served.diagnosis());
     let unit = other.ready_lun(0, 0);
     fe.reconnect_without_enabling(&served);
     fe.barrier();
