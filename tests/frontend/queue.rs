@@ -448,6 +448,12 @@ impl Queue {
         self.done.remove(place)
     }
 
+    /// Whether the completion of an exchange is there; it is left for whoever waits for it.
+    pub fn peek(&mut self, ticket: Ticket) -> bool {
+        self.collect();
+        self.done.iter().any(|done| done.ticket == ticket)
+    }
+
     /// Asks for one interrupt after `count` more completions and waits for just that.
     #[track_caller]
     pub fn wait_batch(&mut self, count: u16) -> Vec<Completion> {
