@@ -128,7 +128,8 @@ impl Diagnosis {
         )
     }
 
-    fn thread_states(&self) -> Vec<String> {
+    /// Name, state and place in the kernel of each of its threads.
+    pub fn thread_states(&self) -> Vec<String> {
         let Ok(tasks) = fs::read_dir(format!("/proc/{}/task", self.pid)) else { return vec![] };
         let line = |task: io::Result<fs::DirEntry>| {
             let task = task.ok()?.path();

@@ -39,8 +39,10 @@ pub struct Shape {
     pub writable: Cuts,
     /// Put the chain into an indirect table.
     pub indirect: bool,
-    /// Buffers start this many bytes after a 64-byte boundary.
+    /// Buffers start this many bytes after a boundary.
     pub skew: usize,
+    /// The boundary: 64 bytes, or this if it is more.
+    pub align: usize,
     /// Allocate the buffers in the region with this base address.
     pub region: Option<u64>,
 }
@@ -58,6 +60,12 @@ impl Shape {
 
     pub fn skewed(mut self, bytes: usize) -> Self {
         self.skew = bytes;
+        self
+    }
+
+    /// As O_DIRECT wants them, with 4096.
+    pub fn aligned(mut self, bytes: usize) -> Self {
+        self.align = bytes;
         self
     }
 
@@ -328,7 +336,7 @@ impl Queue {
     /// Allocates a buffer between guards and fills all three.
     fn segment(&self, shape: &Shape, bytes: &[u8], writable: bool) -> Segment {
         let guarded = [&GUARD[..], bytes, &GUARD[..]].concat();
-        let allocation = self.allocate(shape, guarded.len(), 64);
+        let allocation = self.allocate(shape, guarded.len(), shape.align.max(64));
         self.mem.write(allocation, &guarded);
         let address = allocation + GUARD.len() as u64;
         Segment { allocation, desc: Desc { address, len: bytes.len() as u32, writable } }
@@ -336,7 +344,7 @@ impl Queue {
 
     fn allocate(&self, shape: &Shape, len: usize, align: usize) -> u64 {
         // Indirect tables stay aligned; buffers end up `skew` bytes after a boundary.
-        let skew = if align == 64 { (64 - GUARD.len() + shape.skew) % 64 } else { 0 };
+        let skew = if align >= 64 { (align - GUARD.len() + shape.skew) % align } else { 0 };
         match shape.region {
             Some(base) => self.mem.alloc_in(base, len, align, skew),
             None => self.mem.alloc(len, align, skew),
@@ -438,6 +446,12 @@ impl Queue {
         self.collect();
         let place = self.done.iter().position(|done| done.ticket == ticket)?;
         self.done.remove(place)
+    }
+
+    /// Whether the completion of an exchange is there; it is left for whoever waits for it.
+    pub fn peek(&mut self, ticket: Ticket) -> bool {
+        self.collect();
+        self.done.iter().any(|done| done.ticket == ticket)
     }
 
     /// Asks for one interrupt after `count` more completions and waits for just that.

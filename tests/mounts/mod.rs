@@ -1,12 +1,14 @@
-//! Real file systems to test on, each a file mounted through a loop device. Needs root; without it a
-//! test says loudly what it did not prove.
+//! Real file systems to test on, each a file mounted through a loop device, and what makes them hang. Needs root;
+//! without it a test says loudly what it did not prove.
 #![allow(dead_code)]
+
+pub mod fuse;
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
@@ -69,6 +71,17 @@ impl Mount {
         run("mount", &["-o", "loop", image.to_str().unwrap()], &self.path())
     }
 
+    /// Freezes it until the returned value goes, as a snapshot of the host does (FIFREEZE): every write waits. `None`,
+    /// loudly, where that cannot be (tmpfs).
+    #[must_use = "it thaws when this goes"]
+    pub fn freeze(&self) -> Option<Frozen> {
+        let frozen = Frozen::new(&self.path());
+        if let Err(why) = &frozen {
+            skipped(&format!("nothing was proved on a frozen {:?}: {why}", self.kind));
+        }
+        frozen.ok()
+    }
+
     /// Takes the file system down as a lost disk would: nothing more reaches it, its log included. Says whether it
     /// could.
     pub fn go_down(&self) -> bool {
@@ -101,6 +114,93 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("-l").arg(self.path()).output();
+    }
+}
+
+/// A file system that is frozen, until this goes.
+pub struct Frozen {
+    top: File,
+    /// Waits for this process to let go of a pipe, and thaws: should the test be killed, nothing stays frozen, and
+    /// nobody waits for it who could not be killed.
+    guard: Child,
+}
+
+impl Frozen {
+    fn new(path: &Path) -> Result<Self, String> {
+        let top = File::open(path).map_err(|e| e.to_string())?;
+        let guard = Command::new("sh")
+            .args(["-c", "read wait; fsfreeze --unfreeze \"$0\"; true"])
+            .arg(path)
+            .stdin(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn();
+        let frozen = Frozen { top, guard: guard.map_err(|e| e.to_string())? };
+        // SAFETY: both ioctls look at no argument.
+        match unsafe { libc::ioctl(frozen.top.as_raw_fd(), FIFREEZE, 0) } {
+            0 => Ok(frozen),
+            _ => Err(std::io::Error::last_os_error().to_string()),
+        }
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // SAFETY: as above. Where it was not frozen, it stays as it is.
+        unsafe { libc::ioctl(self.top.as_raw_fd(), FITHAW, 0) };
+        drop(self.guard.stdin.take());
+        let _ = self.guard.wait();
+    }
+}
+
+const FIFREEZE: libc::c_ulong = 0xc004_5877;
+const FITHAW: libc::c_ulong = 0xc004_5878;
+
+/// How a host hangs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hang {
+    /// A file system that is frozen.
+    Frozen(Kind),
+    /// A FUSE file system whose server is stopped, with or without the kernel's write-back cache.
+    Fuse { writeback: bool },
+}
+
+/// A file system that can be made to hang.
+pub enum Hanging {
+    Frozen(Mount),
+    Fuse(fuse::Fuse),
+}
+
+/// It hangs until this goes.
+pub enum Hung {
+    Frozen(Frozen),
+    Fuse(fuse::Stopped),
+}
+
+impl Hanging {
+    /// `None`, loudly, where there can be none.
+    pub fn new(how: Hang) -> Option<Self> {
+        match how {
+            Hang::Frozen(kind) => Mount::new(kind, 400).map(Hanging::Frozen),
+            Hang::Fuse { writeback } => fuse::Fuse::new(writeback).map(Hanging::Fuse),
+        }
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> PathBuf {
+        match self {
+            Hanging::Frozen(mount) => mount.path(),
+            Hanging::Fuse(fuse) => fuse.path(),
+        }
+    }
+
+    /// Makes it hang. Whoever touches it then waits: a test, too.
+    #[must_use = "it goes on when this goes"]
+    #[track_caller]
+    pub fn hang(&self) -> Hung {
+        match self {
+            Hanging::Frozen(mount) => Hung::Frozen(mount.freeze().expect("a frozen file system")),
+            Hanging::Fuse(fuse) => Hung::Fuse(fuse.stop()),
+        }
     }
 }
 
