@@ -21,7 +21,16 @@ const LARGE: u16 = 256;
 const QUEUES: usize = 2;
 
 fn setup() -> (Daemon, FrontEnd) {
-    let daemon = Daemon::with_disk(DISK, "");
+    serve("")
+}
+
+/// A disk on which commands take a while, so that functions meet them.
+fn setup_slow() -> (Daemon, FrontEnd) {
+    serve("fault=any:delay-ms-4")
+}
+
+fn serve(options: &str) -> (Daemon, FrontEnd) {
+    let daemon = Daemon::with_disk(DISK, options);
     let fe = FrontEnd::builder().queues(QUEUES).connect(&daemon);
     (daemon, fe)
 }
@@ -239,7 +248,7 @@ fn fates(fe: &FrontEnd, tickets: &[(Ticket, u64)]) -> Fates {
 
 #[test]
 fn a_reset_under_load_leaves_nothing_behind() {
-    let (_daemon, fe) = setup();
+    let (_daemon, fe) = setup_slow();
     let lun = fe.ready_lun(0, 0);
     let mut sum = Fates::default();
     for round in 0..40 {
@@ -277,14 +286,16 @@ fn a_reset_under_load_leaves_nothing_behind() {
     }
     println!("{sum:?}");
     assert_eq!(sum.aborted, 0, "a reset answers RESET, not ABORTED");
+    assert!(sum.reset > 0, "no reset met a command: {sum:?}");
 }
 
 /// A write that was answered, in whatever way, does not change the disk any more.
 #[test]
 fn no_write_outlives_its_answer() {
-    let (_daemon, fe) = setup();
+    let (_daemon, fe) = setup_slow();
     let lun = fe.ready_lun(0, 0);
     let span = 2 * 20 * u32::from(LARGE);
+    let mut ended = 0;
     for round in 0..15 {
         let old = |lba: u32| {
             let data = blocks(lba.into(), LARGE.into(), 512, round);
@@ -295,17 +306,19 @@ fn no_write_outlives_its_answer() {
         assert_eq!(fe.tmf(function, lun.address, 0), response::FUNCTION_COMPLETE);
         let fates = fates(&fe, &tickets);
         println!("{function:?}: {fates:?}");
+        ended += fates.aborted + fates.reset;
         lun.clear_unit_attentions();
         let new = blocks(0, span as usize, 512, 1000 + round);
         lun.write16(0, &new);
         thread::sleep(Duration::from_millis(20));
         assert_same(&lun.read16(0, span), &new, "what was written after the function");
     }
+    assert!(ended > 0, "no function met a command");
 }
 
 #[test]
 fn aborting_single_tasks_under_load() {
-    let (_daemon, fe) = setup();
+    let (_daemon, fe) = setup_slow();
     let lun = fe.ready_lun(0, 0);
     let (mut queried, mut aborted) = (0, 0);
     for round in 0..30 {
@@ -330,13 +343,15 @@ fn aborting_single_tasks_under_load() {
         assert_eq!(lun.clear_unit_attentions(), []);
     }
     println!("{queried} tasks were found, {aborted} were aborted");
+    assert!(queried > 0 && aborted > 0, "no function met a command");
 }
 
 #[test]
 fn ending_task_sets_under_load() {
-    let (_daemon, fe) = setup();
+    let (_daemon, fe) = setup_slow();
     let lun = fe.ready_lun(0, 0);
     for function in [Tmf::AbortTaskSet, Tmf::ClearTaskSet] {
+        let (mut found, mut aborted) = (0, 0);
         for _ in 0..20 {
             let read = |lba| lun.request(cdb::read10(lba, LARGE)).data_in(usize::from(LARGE) * 512);
             let tickets = load(&lun, 20, read);
@@ -345,9 +360,12 @@ fn ending_task_sets_under_load() {
             assert_eq!(fe.tmf(function, lun.address, 0), response::FUNCTION_COMPLETE);
             let fates = fates(&fe, &tickets);
             assert_eq!((fates.reset, fates.attention), (0, 0), "{function:?}: {fates:?}");
+            found += usize::from(busy == response::FUNCTION_SUCCEEDED);
+            aborted += fates.aborted;
             assert_eq!(lun.clear_unit_attentions(), [], "of the nexus that did it itself");
             assert_eq!(fe.tmf(Tmf::QueryTaskSet, lun.address, 0), response::FUNCTION_COMPLETE);
         }
+        assert!(found > 0 && aborted > 0, "{function:?} met no command");
     }
 }
 

@@ -21,6 +21,8 @@ const HEADING: &str = "# thinlun remembers this of the image beside it.";
 pub struct Notes {
     place: Option<Place>,
     values: Mutex<BTreeMap<String, String>>,
+    /// Whoever changes them, one at a time. Not needed to look at them: that waits for no host.
+    changing: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -29,7 +31,7 @@ struct Place(Beside);
 impl Notes {
     /// Notes that last as long as the program.
     pub fn in_memory() -> Self {
-        Notes { place: None, values: Mutex::default() }
+        Notes { place: None, values: Mutex::default(), changing: Mutex::default() }
     }
 
     /// The notes beside `image`, whose directory is resolved already.
@@ -39,7 +41,7 @@ impl Notes {
     pub fn beside(image: &Path) -> io::Result<Self> {
         let place = Place(Beside::of(image, ".thinlun")?);
         let values = parse(&String::from_utf8_lossy(&place.0.read(MAX_BYTES)?))?;
-        Ok(Notes { place: Some(place), values: Mutex::new(values) })
+        Ok(Notes { place: Some(place), values: Mutex::new(values), changing: Mutex::default() })
     }
 
     /// The same values, to be kept in memory from now on: of an image that others may read too.
@@ -63,16 +65,18 @@ impl Notes {
     /// # Errors
     /// If the host cannot keep it; then what was noted before still is.
     pub fn set(&self, name: &str, value: Option<&str>) -> Result<(), StoreError> {
-        let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut new = values.clone();
+        let _alone = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let values = || self.values.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = values().clone();
+        let mut new = old.clone();
         match value {
             Some(value) => drop(new.insert(name.to_owned(), value.to_owned())),
             None => drop(new.remove(name)),
         }
-        if let (Some(place), true) = (&self.place, new != *values) {
+        if let (Some(place), true) = (&self.place, new != old) {
             place.write(&new).map_err(|e| StoreError::from(Cause::from(&e)))?;
         }
-        *values = new;
+        *values() = new;
         Ok(())
     }
 }
