@@ -61,6 +61,10 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
         );
     }
     lock_in(cli, &disks)?;
+    for unit in &units {
+        let started = unit.store().pool().start();
+        started.map_err(|e| StartError::host(format!("a thread for each disk: {e}")))?;
+    }
     units.iter().for_each(background::resume);
     let offer = Offer {
         request_queues: cli.num_queues.into(),
@@ -82,7 +86,12 @@ fn lock_in(cli: &Cli, disks: &[DiskConfig]) -> Result<(), StartError> {
         return Ok(());
     }
     let folder = |path: &Path| Some(stable_name(path).ok()?.parent()?.to_path_buf());
-    let beside = disks.iter().filter_map(|disk| folder(&disk.path)).map(Reach::Beside);
+    // Nothing is made beside a disk that is only read, nor beside a device: that is /dev.
+    let changes = |disk: &&DiskConfig| {
+        !disk.read_only && disk.path.metadata().is_ok_and(|metadata| metadata.is_file())
+    };
+    let beside = disks.iter().filter(changes);
+    let beside = beside.filter_map(|disk| folder(&disk.path)).map(Reach::Beside);
     let socket = cli.socket_path.iter().filter_map(|path| folder(path)).map(Reach::Socket);
     let reach: Vec<Reach> = beside.chain(socket).collect();
     let missing = sandbox::enter(&reach, cli.seccomp.into()).map_err(|e| {
