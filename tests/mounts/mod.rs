@@ -2,6 +2,8 @@
 //! test says loudly what it did not prove.
 #![allow(dead_code)]
 
+pub mod pids;
+
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsRawFd;
