@@ -11,6 +11,7 @@ use frontend::daemon::Scratch;
 use frontend::pattern::{Rng, assert_same, blocks};
 use frontend::scsi::{key, response, sense, status};
 use frontend::*;
+use mounts::pids::Pids;
 use mounts::{Kind, Mount, skipped};
 
 const SIZE: u64 = 4 * MIB;
@@ -453,4 +454,93 @@ fn an_atomic_write_is_whole_or_not_begun_after_a_power_cut() {
             "{kind:?}: {written} atomic writes, 12 cuts, {recovered} times one was made again"
         );
     }
+}
+
+/// A daemon over one disk that gets no more threads from here on, and its front end with two request queues.
+fn without_threads(options: &str) -> Option<(Pids, Daemon, FrontEnd)> {
+    let pids = Pids::new()?;
+    let daemon = Daemon::with_disk(SIZE, options);
+    pids.add(daemon.pid());
+    let fe = FrontEnd::builder().queues(2).connect(&daemon);
+    fe.ready_lun(0, 0);
+    pids.fill();
+    Some((pids, daemon, fe))
+}
+
+/// All that a pool does is done by the one thread that it has.
+#[test]
+fn without_threads_everything_is_answered() {
+    let Some((_pids, mut daemon, fe)) = without_threads("") else { return };
+    let lun = fe.lun(0, 0);
+    // Both queues at once: each finds that the other is about to have a thread.
+    std::thread::scope(|scope| {
+        for queue in 0..2 {
+            let lun = lun.on_queue(FIRST_REQUEST_QUEUE + queue);
+            scope.spawn(move || {
+                for _ in 0..200 {
+                    lun.run_in(cdb::get_lba_status16(0, 512, 0), 512).expect_good();
+                }
+            });
+        }
+    });
+    lun.synchronize_cache();
+    assert_eq!(fe.tmf(Tmf::AbortTaskSet, lun.address, 0), response::FUNCTION_COMPLETE);
+    assert!(daemon.terminate().success());
+}
+
+/// Who wants blocks for himself waits for a transfer of the same queue, and neither holds the other up.
+#[test]
+fn without_threads_an_atomic_command_waits_beside_its_queue() {
+    let Some((_pids, mut daemon, fe)) = without_threads("cache=direct") else { return };
+    let mut lun = fe.lun(0, 0);
+    (lun.blocks, lun.block_size) = (SIZE / 512, 512);
+    let read = || lun.request(cdb::read16(0, 128)).data_in(128 * 512);
+    let compare = || lun.request(cdb::compare_and_write(0, 1)).data_out(&[0; 1024]);
+    for _ in 0..20 {
+        for answer in fe.run_all(FIRST_REQUEST_QUEUE, &[read(), compare(), read(), compare()]) {
+            answer.expect_good();
+        }
+    }
+    assert_eq!(fe.tmf(Tmf::AbortTaskSet, lun.address, 0), response::FUNCTION_COMPLETE);
+    assert!(daemon.terminate().success());
+}
+
+/// Work that waits for the one thread can be aborted.
+#[test]
+fn without_threads_what_waits_can_be_aborted() {
+    let Some((_pids, mut daemon, fe)) = without_threads("fault=read:delay-ms-300") else { return };
+    let lun = fe.lun(0, 0);
+    let tickets: Vec<_> =
+        (0..60).map(|_| lun.submit(&lun.request(cdb::verify16(0, 0, 8)))).collect();
+    let start = Instant::now();
+    assert_eq!(fe.tmf(Tmf::AbortTaskSet, lun.address, 0), response::FUNCTION_COMPLETE);
+    // One after another they would have taken longer.
+    assert!(start.elapsed() < Duration::from_secs(10));
+    for ticket in tickets {
+        fe.wait(ticket);
+    }
+    assert!(daemon.terminate().success());
+}
+
+/// What needs a thread of its own is refused, leaves nothing behind, and can be had later.
+#[test]
+fn without_threads_what_needs_one_is_busy() {
+    let Some((pids, daemon, fe)) = without_threads("") else { return };
+    let lun = fe.lun(0, 0);
+    let busy = |answer: ScsiResponse, what: &str| {
+        assert_eq!((answer.response, answer.status), (response::OK, status::BUSY), "{what}");
+    };
+    let before = daemon.scratch().listing();
+    busy(lun.run(cdb::format_unit(0)), "FORMAT UNIT");
+    busy(lun.run_out(Cdb::new(0x9c).byte(13, 8), &[7; 4096]), "WRITE ATOMIC");
+    busy(
+        lun.run_out(Cdb::new(0xa4).byte(1, 0x06).byte(9, 5), b"hello"),
+        "SET IDENTIFYING INFORMATION",
+    );
+    lun.test_unit_ready();
+    assert_eq!(daemon.scratch().listing(), before, "nothing was noted");
+    pids.release();
+    lun.run_out(Cdb::new(0x9c).byte(13, 8), &[7; 4096]).expect_good();
+    assert_eq!(lun.transfer_in(cdb::read16(0, 8), 8), [7; 4096]);
+    lun.run(cdb::format_unit(0)).expect_good();
 }

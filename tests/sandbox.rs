@@ -5,120 +5,286 @@ mod frontend;
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Command, ExitStatus};
 
 use frontend::daemon::Scratch;
 use frontend::*;
 use thinlun::sandbox::{self, Reach, Role, Violation};
 
-/// Runs `attempt` of this file in another process, inside the sandbox.
-fn attempt(name: &str) -> (ExitStatus, String) {
+/// Runs `attempt` of this file by a thread for `role` of another process, inside the sandbox.
+fn attempt(role: Role, name: &str) -> (ExitStatus, String) {
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "attempt_in_here", "--nocapture", "--ignored"])
         .env("ATTEMPT", name)
+        .env("ROLE", format!("{role:?}"))
+        .env("RUST_BACKTRACE", if name == "panic" { "1" } else { "0" })
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     (output.status, text + &String::from_utf8_lossy(&output.stderr))
 }
 
-const SIGSYS: i32 = 31;
+#[track_caller]
+fn is_killed(role: Role, name: &str) {
+    let (status, text) = attempt(role, name);
+    assert_eq!(status.signal(), Some(libc::SIGSYS), "{role:?}, {name}: {status} {text}");
+}
+
+/// The attempt comes back: it could be made, or it failed.
+#[track_caller]
+fn comes_back(role: Role, name: &str, could: bool) {
+    let (status, text) = attempt(role, name);
+    let said = text.lines().any(|line| line == if could { "could" } else { "could not" });
+    assert!(status.success() && said, "{role:?}, {name}: {status} {text}");
+}
+
+/// What no role does.
+const NEVER: &[(&str, i64)] = &[
+    ("execve", libc::SYS_execve),
+    ("execveat", libc::SYS_execveat),
+    ("clone", libc::SYS_clone),
+    ("socket", libc::SYS_socket),
+    ("socketpair", libc::SYS_socketpair),
+    ("connect", libc::SYS_connect),
+    ("bind", libc::SYS_bind),
+    ("listen", libc::SYS_listen),
+    ("ptrace", libc::SYS_ptrace),
+    ("process_vm_readv", libc::SYS_process_vm_readv),
+    ("mount", libc::SYS_mount),
+    ("bpf", libc::SYS_bpf),
+    ("perf_event_open", libc::SYS_perf_event_open),
+    ("kill", libc::SYS_kill),
+    ("fchmod", libc::SYS_fchmod),
+    ("linkat", libc::SYS_linkat),
+    ("symlinkat", libc::SYS_symlinkat),
+    ("mkdirat", libc::SYS_mkdirat),
+    ("openat2", libc::SYS_openat2),
+    ("seccomp", libc::SYS_seccomp),
+    ("prctl", libc::SYS_prctl),
+    ("landlock_restrict_self", libc::SYS_landlock_restrict_self),
+    ("io_uring_setup", libc::SYS_io_uring_setup),
+];
+
+/// What some roles do, and which.
+const SOME: &[(&str, i64, &[Role])] = &[
+    ("accept4", libc::SYS_accept4, &[Role::Main]),
+    ("recvmsg", libc::SYS_recvmsg, &[Role::Connection]),
+    ("sendto", libc::SYS_sendto, &[Role::Connection]),
+    ("io_uring_enter", libc::SYS_io_uring_enter, &[Role::Queue]),
+    ("pwrite64", libc::SYS_pwrite64, &[Role::Queue, Role::Disk]),
+    ("fallocate", libc::SYS_fallocate, &[Role::Disk]),
+    ("ioctl FS_IOC_FIEMAP", libc::SYS_ioctl, &[Role::Disk]),
+    ("renameat", libc::SYS_renameat, &[Role::Names]),
+    ("renameat2", libc::SYS_renameat2, &[Role::Names]),
+    ("unlinkat", libc::SYS_unlinkat, &[Role::Names, Role::Main]),
+];
+
+const FIEMAP: i64 = 0xc020_660b;
 
 #[test]
-fn what_is_forbidden_kills_or_fails() {
-    let (status, text) = attempt("nothing");
-    assert!(status.success(), "{text}");
-    for name in [
-        "exec",
-        "fork",
-        "socket",
-        "connect",
-        "ptrace",
-        "mount",
-        "bpf",
-        "kill",
-        "chmod",
-        "executable memory",
-    ] {
-        let (status, text) = attempt(name);
-        assert_eq!(status.signal(), Some(SIGSYS), "{name}: {status} {text}");
-    }
-    for name in ["open", "open beside", "open elsewhere", "write elsewhere"] {
-        let (status, text) = attempt(name);
-        let wanted = name == "open beside";
-        assert!(status.success() && text.contains("could") == wanted, "{name}: {status} {text}");
+fn what_no_role_does_kills() {
+    for role in Role::ALL {
+        comes_back(role, "nothing", true);
+        for (name, _) in NEVER {
+            is_killed(role, name);
+        }
+        is_killed(role, "executable memory");
+        is_killed(role, "executable code");
     }
 }
 
 /// Every role in turn: a thread of it cannot do what only others need.
 #[test]
 fn threads_are_held_to_their_roles() {
-    for name in ["queue accepts", "disk receives", "timer allocates"] {
-        let (status, text) = attempt(name);
-        assert_eq!(status.signal(), Some(SIGSYS), "{name}: {status} {text}");
+    for (name, _, roles) in SOME {
+        for role in Role::ALL {
+            match roles.contains(&role) {
+                true => assert!(attempt(role, name).0.success(), "{role:?}, {name}"),
+                false => is_killed(role, name),
+            }
+        }
     }
+}
+
+/// A ring is restricted before anybody gets it. A queue can turn one on that was made for it, and cannot change it.
+#[test]
+fn rings_are_made_by_the_maker_only() {
+    for role in Role::ALL {
+        is_killed(role, "register files with a ring");
+        is_killed(role, "lift a ring's restrictions");
+        match role {
+            Role::Queue => assert!(attempt(role, "enable a ring").0.success()),
+            _ => is_killed(role, "enable a ring"),
+        }
+    }
+}
+
+/// Names are for one role, and for it below the image's directory; the rest has the files that are open.
+#[test]
+fn names_are_out_of_reach() {
+    // As it may be said in four ways.
+    let opens = ["open image", "open image by path", "open below image", "create beside image"];
+    let elsewhere = ["open elsewhere", "open elsewhere by path", "open socket"];
+    for role in Role::ALL {
+        for name in opens {
+            let by_path_alone = name == "open image by path";
+            comes_back(role, name, role == Role::Names && !by_path_alone);
+        }
+        for name in elsewhere {
+            comes_back(role, name, false);
+        }
+    }
+    for name in ["remove elsewhere by path", "remove socket", "move image elsewhere"] {
+        comes_back(Role::Names, name, false);
+    }
+    for (name, could) in
+        [("remove image", false), ("remove elsewhere by path", false), ("remove socket", true)]
+    {
+        comes_back(Role::Main, name, could);
+    }
+    // What README says of it: it is a tree that Landlock knows, no folder.
+    comes_back(Role::Names, "remove below image", true);
+}
+
+/// A panic says what it was about, and where.
+#[test]
+fn a_panic_is_told() {
+    for role in Role::ALL {
+        let (status, text) = attempt(role, "panic");
+        assert_eq!(status.signal(), Some(libc::SIGABRT), "{role:?}: {status} {text}");
+        for wanted in ["panicked at", "told by a panic", "stack backtrace", "sandbox::panics"] {
+            assert!(text.contains(wanted), "{role:?}: no {wanted} in {text}");
+        }
+    }
+}
+
+#[inline(never)]
+fn panics() {
+    panic!("told by a panic");
+}
+
+/// A host without Landlock is said to be one, and so is one without seccomp.
+#[test]
+fn what_the_host_lacks_is_said() {
+    comes_back(Role::Disk, "enter without landlock", true);
+}
+
+/// Refuses a system call to this process from here on, as a kernel that does not have it.
+fn refuse(call: i64) {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
+    let arch = TargetArch::try_from(std::env::consts::ARCH).unwrap();
+    let answer = SeccompAction::Errno(libc::ENOSYS as u32);
+    let rules = [(call, Vec::new())].into_iter().collect();
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, answer, arch).unwrap();
+    apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
 }
 
 /// Not a test: what the others start.
 #[test]
 #[ignore = "is started by the other tests of this file"]
 fn attempt_in_here() {
-    use nix::fcntl::{OFlag, openat};
-    use nix::sys::stat::Mode;
-    let Ok(name) = std::env::var("ATTEMPT") else { return };
-    let beside = tempfile::tempdir().unwrap();
-    let elsewhere = tempfile::tempdir().unwrap();
-    let directories = [beside.path(), elsewhere.path()].map(|path| fs::File::open(path).unwrap());
-    fs::write(elsewhere.path().join("secret"), "secret").unwrap();
-    let reach = [Reach::Beside(beside.path().to_owned())];
-    let missing = sandbox::enter(&reach, Some(Violation::Kill)).unwrap();
-    assert!(missing.is_empty(), "{missing:?}");
-    let open = |directory: &fs::File, name: &str, flags| match openat(
-        directory,
-        name,
-        flags,
-        Mode::S_IRUSR | Mode::S_IWUSR,
-    ) {
-        Ok(_) => println!("could"),
-        Err(error) => println!("failed: {error}"),
-    };
-    let create = OFlag::O_CREAT | OFlag::O_WRONLY;
-    // SAFETY: calls with arguments that are no pointers, or null ones; none of them comes back.
-    let call = |number: i64| unsafe { libc::syscall(number, 0, 0, 0, 0, 0) };
-    let within = |role, number: i64| {
-        // SAFETY: as above.
-        let work = move || unsafe { libc::syscall(number, -1, 0, 0, 0, 0) };
-        sandbox::spawn("attempt".into(), role, work).unwrap().join().unwrap()
-    };
-    match name.as_str() {
-        "nothing" => {}
-        "exec" => drop(call(libc::SYS_execve)),
-        "fork" => drop(call(libc::SYS_fork)),
-        "socket" => drop(call(libc::SYS_socket)),
-        "connect" => drop(call(libc::SYS_connect)),
-        "ptrace" => drop(call(libc::SYS_ptrace)),
-        "mount" => drop(call(libc::SYS_mount)),
-        "bpf" => drop(call(libc::SYS_bpf)),
-        "kill" => drop(call(libc::SYS_kill)),
-        "chmod" => drop(call(libc::SYS_fchmod)),
-        "executable memory" => {
-            // SAFETY: a new mapping, which is not used.
-            unsafe { libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_EXEC, 0x22, -1, 0) };
-        }
-        "open" => match fs::File::open("/etc/passwd") {
-            Ok(_) => println!("could"),
-            Err(error) => println!("failed: {error}"),
-        },
-        "open beside" => open(&directories[0], "notes", create),
-        "open elsewhere" => open(&directories[1], "secret", OFlag::O_RDONLY),
-        "write elsewhere" => open(&directories[1], "new", create),
-        "queue accepts" => drop(within(Role::Queue, libc::SYS_accept4)),
-        "disk receives" => drop(within(Role::Disk, libc::SYS_recvmsg)),
-        "timer allocates" => drop(within(Role::Timer, libc::SYS_fallocate)),
-        _ => panic!("no such attempt"),
+    let (Ok(name), Ok(role)) = (std::env::var("ATTEMPT"), std::env::var("ROLE")) else { return };
+    let role = Role::ALL.into_iter().find(|of| format!("{of:?}") == role).unwrap();
+    let [beside, elsewhere, socket] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let below = beside.path().join("other guest");
+    fs::create_dir(&below).unwrap();
+    for directory in [beside.path(), elsewhere.path(), socket.path(), &below] {
+        fs::write(directory.join("file"), "secret").unwrap();
     }
+    let places = Places {
+        beside: fs::File::open(beside.path()).unwrap(),
+        elsewhere: fs::File::open(elsewhere.path()).unwrap(),
+        socket: fs::File::open(socket.path()).unwrap(),
+        image_path: beside.path().join("file"),
+        elsewhere_path: elsewhere.path().join("file"),
+    };
+    if name == "enter without landlock" {
+        refuse(libc::SYS_landlock_create_ruleset);
+    }
+    let reach = [Reach::Beside(beside.path().to_owned()), Reach::Socket(socket.path().to_owned())];
+    let missing = sandbox::enter(&reach, Some(Violation::Kill)).unwrap();
+    if name == "enter without landlock" {
+        let said = missing.iter().any(|what| what.starts_with("files are not restricted"));
+        assert!(said && missing.len() == 1, "{missing:?}");
+    } else {
+        assert!(missing.is_empty(), "{missing:?}");
+    }
+    let work = move || match made_by(&name, &places) {
+        Some(true) => println!("could"),
+        Some(false) => println!("could not"),
+        None => panic!("no such attempt: {name}"),
+    };
+    sandbox::spawn("attempt".into(), role, work).unwrap().join().unwrap();
     // What the test harness does at its end is not allowed either.
     std::process::exit(0);
+}
+
+struct Places {
+    beside: fs::File,
+    elsewhere: fs::File,
+    socket: fs::File,
+    image_path: std::path::PathBuf,
+    elsewhere_path: std::path::PathBuf,
+}
+
+/// Makes an attempt; says whether it came to something.
+fn made_by(name: &str, places: &Places) -> Option<bool> {
+    use nix::fcntl::{OFlag, openat, renameat};
+    use nix::sys::stat::Mode;
+    use nix::unistd::{UnlinkatFlags, unlinkat};
+    // SAFETY: calls whose arguments are no pointers, or null ones, or of no call that is let through.
+    let call = |number: i64, arguments: [i64; 3]| unsafe {
+        libc::syscall(number, arguments[0], arguments[1], arguments[2], 0, 0, 0) >= 0
+    };
+    let map = |protection| {
+        // SAFETY: a new mapping, which is not used.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), 4096, protection, 0x22, -1, 0) };
+        at as i64
+    };
+    let open = |directory: &fs::File, name: &Path, flags| {
+        openat(directory, name, flags, Mode::S_IRUSR).is_ok()
+    };
+    let remove = |directory: &fs::File, name: &Path| {
+        unlinkat(directory, name, UnlinkatFlags::NoRemoveDir).is_ok()
+    };
+    let never = NEVER.iter().find(|(of, _)| *of == name);
+    let some = SOME.iter().find(|(of, ..)| *of == name);
+    if let Some(number) = never.map(|(_, n)| *n).or(some.map(|(_, n, _)| *n)) {
+        // The one argument that counts: the request of ioctl, and that clone is to make a process.
+        return Some(call(number, [-1, FIEMAP, 0].map(|a| if name == "clone" { 0 } else { a })));
+    }
+    let (read, create) = (OFlag::O_RDONLY, OFlag::O_CREAT | OFlag::O_WRONLY);
+    let file = Path::new("file");
+    Some(match name {
+        "nothing" | "enter without landlock" => true,
+        "executable memory" => map(libc::PROT_EXEC) != -1,
+        "executable code" => {
+            let at = map(libc::PROT_READ);
+            call(libc::SYS_mprotect, [at, 4096, libc::PROT_EXEC.into()])
+        }
+        "register files with a ring" => call(libc::SYS_io_uring_register, [-1, 2, 0]),
+        "lift a ring's restrictions" => call(libc::SYS_io_uring_register, [-1, 11, 0]),
+        "enable a ring" => call(libc::SYS_io_uring_register, [-1, 12, 0]),
+        "open image" => open(&places.beside, file, read),
+        "open image by path" => fs::File::open(&places.image_path).is_ok(),
+        "open below image" => open(&places.beside, Path::new("other guest/file"), read),
+        "create beside image" => open(&places.beside, Path::new("new"), create),
+        "open elsewhere" => open(&places.elsewhere, file, read),
+        "open elsewhere by path" => open(&places.beside, &places.elsewhere_path, read),
+        "open socket" => open(&places.socket, file, read),
+        "remove image" => remove(&places.beside, file),
+        "remove below image" => remove(&places.beside, Path::new("other guest/file")),
+        "remove elsewhere by path" => remove(&places.beside, &places.elsewhere_path),
+        "remove socket" => remove(&places.socket, file),
+        "move image elsewhere" => renameat(&places.beside, file, &places.elsewhere, "new").is_ok(),
+        "panic" => {
+            // As the daemon is built, a panic ends it.
+            let _ = std::panic::catch_unwind(panics);
+            std::process::abort();
+        }
+        _ => return None,
+    })
 }
 
 #[test]
@@ -140,7 +306,7 @@ fn the_daemon_has_no_privileges() {
         assert_eq!((field("NoNewPrivs"), field("Seccomp")), ("1".into(), "2".into()), "{status}");
         threads += 1;
     }
-    assert!(threads >= 4);
+    assert!(threads >= 6);
 }
 
 /// With the sandbox off, and with its filters off, the daemon says so or serves all the same.
@@ -158,5 +324,38 @@ fn the_sandbox_can_be_taken_off() {
         let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
         assert!(status.contains(&format!("Seccomp:\t{seccomp}\n")), "{arguments:?}: {status}");
         assert_eq!(daemon.log().contains("--sandbox=none"), warns);
+    }
+}
+
+/// Names that are used while the daemon serves, by whom they are left to: with all of the sandbox, without filters, and
+/// with none of it. A ring, where the kernel has them.
+#[test]
+fn what_is_kept_beside_the_image_is_kept_from_inside() {
+    for arguments in [&[][..], &["--seccomp=none"], &["--sandbox=none"]] {
+        let scratch = Scratch::new();
+        let disk = scratch.image("disk.img", 4 * MIB);
+        let direct = scratch.image("direct.img", 4 * MIB);
+        let builder = Daemon::builder(&scratch).disk(&disk, "").disk(&direct, "cache=direct");
+        let daemon = builder.args(arguments).spawn();
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        // SET IDENTIFYING INFORMATION, of type 0.
+        let set = Cdb::new(0xa4).byte(1, 0x06).byte(9, 5);
+        lun.run_out(set, b"hello").expect_good();
+        let noted = fs::read_to_string(scratch.join("disk.img.thinlun")).unwrap();
+        assert!(noted.contains("68656c6c6f"), "{noted}");
+        lun.run(Cdb::new(0xa4).byte(1, 0x06)).expect_good();
+        assert!(!scratch.join("disk.img.thinlun").exists());
+        // WRITE ATOMIC, whose journal is gone when it has ended.
+        lun.run_out(Cdb::new(0x9c).byte(13, 8), &[7; 4096]).expect_good();
+        assert_eq!(lun.read16(0, 8), [7; 4096]);
+        assert!(!scratch.join("disk.img.thinlun-write").exists());
+        let direct = fe.ready_lun(0, 1);
+        direct.write16(0, &[8; 4096]);
+        assert_eq!(direct.read16(0, 8), [8; 4096]);
+        let log = daemon.log();
+        let rings = thinlun::store::engine::uring::is_there();
+        assert!(!rings || !log.contains("no io_uring"), "{log}");
+        assert!(!log.contains("rror"), "{log}");
     }
 }

@@ -5,7 +5,7 @@ mod socket;
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -61,6 +61,10 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
         );
     }
     lock_in(cli, &disks)?;
+    for unit in &units {
+        let started = unit.store().pool().start();
+        started.map_err(|e| StartError::host(format!("a thread for each disk: {e}")))?;
+    }
     units.iter().for_each(background::resume);
     let offer = Offer {
         request_queues: cli.num_queues.into(),
@@ -83,15 +87,24 @@ fn lock_in(cli: &Cli, disks: &[DiskConfig]) -> Result<(), StartError> {
         log::warn!("--sandbox=none: a fault in this process can do what its user can");
         return Ok(());
     }
-    let folder = |path: &Path| Some(stable_name(path).ok()?.parent()?.to_path_buf());
-    let beside = disks.iter().filter_map(|disk| folder(&disk.path)).map(Reach::Beside);
-    let socket = cli.socket_path.iter().filter_map(|path| folder(path)).map(Reach::Socket);
-    let reach: Vec<Reach> = beside.chain(socket).collect();
+    let reach = reach(disks, &cli.socket_path);
     let missing = sandbox::enter(&reach, cli.seccomp.into()).map_err(|e| {
         StartError::host(format!("--sandbox=strict: {e}; --sandbox=none does without"))
     })?;
     missing.iter().for_each(|what| log::warn!("{what}"));
     Ok(())
+}
+
+/// What is reached by name from here on: beside the disks that change, and the sockets. Nothing is made beside a disk that
+/// is only read, nor beside a device: that is /dev.
+fn reach(disks: &[DiskConfig], sockets: &[PathBuf]) -> Vec<Reach> {
+    let folder = |path: &Path| Some(stable_name(path).ok()?.parent()?.to_path_buf());
+    let changes = |disk: &&DiskConfig| {
+        !disk.read_only && disk.path.metadata().is_ok_and(|metadata| metadata.is_file())
+    };
+    let beside = disks.iter().filter(changes).filter_map(|disk| folder(&disk.path));
+    let sockets = sockets.iter().filter_map(|path| folder(path));
+    beside.map(Reach::Beside).chain(sockets.map(Reach::Socket)).collect()
 }
 
 /// Serves one connection after another on every socket until a signal says to end, or the only connections
@@ -214,5 +227,36 @@ impl Connected {
         if self.thread.join().is_err() {
             log::error!("connection thread failed");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileTypeExt;
+
+    use super::*;
+
+    #[test]
+    fn only_what_changes_and_is_a_file_has_something_beside_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let folder = directory.path().canonicalize().unwrap();
+        let image = |name: &str| {
+            let folder = folder.join(name);
+            std::fs::create_dir(&folder).unwrap();
+            std::fs::write(folder.join("image"), [0; 512]).unwrap();
+            folder.join("image").display().to_string()
+        };
+        let mut arguments = vec![image("changes"), image("readonly") + ",readonly"];
+        let devices = std::fs::read_dir("/dev").unwrap().flatten();
+        let is_disk =
+            |entry: &std::fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_block_device());
+        match devices.into_iter().find(is_disk) {
+            Some(device) => arguments.push(device.path().display().to_string()),
+            None => eprintln!("*** SKIPPED: nothing was proved of a block device: there is none"),
+        }
+        let disks: Vec<_> =
+            arguments.iter().map(|a| DiskConfig::parse(a.as_ref()).unwrap()).collect();
+        let wanted = [Reach::Beside(folder.join("changes")), Reach::Socket(folder.clone())];
+        assert_eq!(reach(&disks, &[folder.join("socket")]), wanted);
     }
 }

@@ -3,6 +3,7 @@
 //! the program changes that (SBC-4 4.33, 4.11).
 
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -188,7 +189,7 @@ impl Background {
 /// Starts an operation, which is noted before anything happens. Blocks for the note.
 ///
 /// # Errors
-/// If one is under way, or only another would mend the disk, or it cannot be noted.
+/// If one is under way, or only another would mend the disk, or it cannot be noted, or there is no thread for it.
 pub fn start(lun: &Arc<Lun>, work: Work) -> Result<Started, ScsiError> {
     let background = lun.background();
     let (before, started) = {
@@ -206,12 +207,21 @@ pub fn start(lun: &Arc<Lun>, work: Work) -> Result<Started, ScsiError> {
         let started = Started(background.begun.fetch_add(1, Ordering::AcqRel) + 1);
         (std::mem::replace(&mut *state, State::Running(work.clone())), started)
     };
-    if let Err(error) = note(lun, Some(&format!("running {}", work.encode()))) {
-        background.become_state(before);
-        return Err(error);
+    // There is a thread for it before it is noted, so that nothing is noted that does not run.
+    let noted = spawn(lun, work.clone()).and_then(|begin| {
+        note(lun, Some(&format!("running {}", work.encode())))?;
+        Ok(begin)
+    });
+    match noted {
+        Ok(begin) => {
+            let _ = begin.send(());
+            Ok(started)
+        }
+        Err(error) => {
+            background.become_state(before);
+            Err(error)
+        }
     }
-    spawn(lun, work);
-    Ok(started)
 }
 
 /// Takes up what was noted: an operation that was under way begins again, one that had failed still
@@ -226,7 +236,16 @@ pub fn resume(lun: &Arc<Lun>) {
     if state == "running" && known && !lun.store().capabilities().read_only {
         log::info!("{}: {} begins again", lun.settings().serial, work.name());
         background.become_state(State::Running(work.clone()));
-        spawn(lun, work);
+        match spawn(lun, work.clone()) {
+            Ok(begin) => drop(begin.send(())),
+            Err(_) => {
+                log::error!(
+                    "{}: no thread for it; it is repeated at the next start",
+                    lun.settings().serial
+                );
+                background.become_state(State::Failed(work));
+            }
+        }
     } else {
         log::warn!(
             "{}: {} has failed before and must be repeated",
@@ -237,10 +256,15 @@ pub fn resume(lun: &Arc<Lun>) {
     }
 }
 
-fn spawn(lun: &Arc<Lun>, work: Work) {
+/// Makes the thread of an operation, which begins when it is told to, and ends if nobody will.
+fn spawn(lun: &Arc<Lun>, work: Work) -> Result<Sender<()>, ScsiError> {
     let on = Arc::clone(lun);
+    let (begin, begins) = mpsc::channel();
     // Commands wait for it, as many as the pool has threads.
-    lun.store().pool().run_apart(Box::new(move || {
+    let spawned = lun.store().pool().run_apart(Box::new(move || {
+        if begins.recv().is_err() {
+            return;
+        }
         let (background, serial) = (on.background(), &on.settings().serial);
         // An operation has ended when a restart will not repeat it.
         let done = work.run(&on).and_then(|()| note(&on, None));
@@ -261,12 +285,14 @@ fn spawn(lun: &Arc<Lun>, work: Work) {
         };
         background.become_state(state);
     }));
+    spawned.map(|()| begin).map_err(|_| ScsiError::Busy)
 }
 
 fn note(lun: &Lun, text: Option<&str>) -> Result<(), ScsiError> {
     let noted = lun.store().notes().set(NOTE, text);
     noted.map_err(|error| match error.cause {
         // There is no block to name: it is the note that has no room.
+        Cause::Busy => ScsiError::Busy,
         Cause::NoSpace | Cause::ReadOnly => ScsiError::from_store(error.cause.into(), true, 1),
         _ => ScsiError::Check(Sense::new(Key::HardwareError, asc::INTERNAL_TARGET_FAILURE)),
     })

@@ -98,7 +98,7 @@ pub(super) fn watch(target: &Target, lun: &Arc<Lun>) {
     }
     if watch.is_due() {
         let on = Arc::clone(lun);
-        lun.store().pool().run(Box::new(move || {
+        let begun = lun.store().pool().run(Box::new(move || {
             let Some(watch) = on.space_watch() else { return };
             match on.store().space() {
                 Ok(Some(space)) => watch.compare(&on, space),
@@ -107,6 +107,9 @@ pub(super) fn watch(target: &Target, lun: &Arc<Lun>) {
             }
             watch.looking.store(false, Ordering::Release);
         }));
+        if begun.is_err() {
+            watch.looking.store(false, Ordering::Release);
+        }
     }
 }
 

@@ -6,14 +6,13 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::fcntl::{
-    FcntlArg, OFlag, PosixFadviseAdvice, copy_file_range, fcntl, openat, posix_fadvise,
-};
-use nix::sys::stat::Mode;
+use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, copy_file_range, fcntl, posix_fadvise};
 
 use super::at_once::AtOnce;
+use super::beside::Directory;
 use super::copy::{Holes, Method};
 use super::extents::{self, Knowledge};
 use super::journal::{self, Journal};
@@ -24,6 +23,7 @@ use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Pool, Snapshot,
     Space, Store, StoreError, sys,
 };
+use crate::sandbox::Role;
 
 /// Threads that may block in one file at the same time.
 const POOL_THREADS: usize = 16;
@@ -65,8 +65,8 @@ pub struct FileStore {
     notes: Notes,
     /// For writes that are whole or not begun; a block device has none.
     journal: Option<Journal>,
-    /// Where unnamed files can be made that share its blocks.
-    directory: Option<File>,
+    /// Where notes, the journal and unnamed files that share its blocks are made; a block device has none.
+    directory: Option<Arc<Directory>>,
     pool: Pool,
 }
 
@@ -153,10 +153,15 @@ impl FileStore {
         // Nothing can be kept beside a device node: /dev is made anew by every boot.
         if !block_device {
             let image = stable_name(path).map_err(|e| plain(&e))?;
-            let notes = Notes::beside(&image)
+            let directory = match &store.directory {
+                Some(directory) => Arc::clone(directory),
+                None => Directory::of(&image)
+                    .map_err(|e| format!("its directory cannot be opened: {}", plain(&e)))?,
+            };
+            let notes = Notes::beside(&directory, &image)
                 .map_err(|e| format!("what is remembered of it, in its .thinlun: {}", plain(&e)))?;
             store.notes = if options.read_only { notes.detached() } else { notes };
-            let journal = store.open_journal(&image, options);
+            let journal = store.open_journal(&directory, &image, options);
             store.journal =
                 Some(journal.map_err(|e| format!("its .thinlun-write: {}", plain(&e)))?);
             store.capabilities.whole_writes =
@@ -166,8 +171,13 @@ impl FileStore {
     }
 
     /// The journal of an image; a write that was cut off is made first, unless another process may be at it.
-    fn open_journal(&self, image: &Path, options: &OpenOptionsFor) -> io::Result<Journal> {
-        let journal = Journal::of(image)?;
+    fn open_journal(
+        &self,
+        directory: &Arc<Directory>,
+        image: &Path,
+        options: &OpenOptionsFor,
+    ) -> io::Result<Journal> {
+        let journal = Journal::of(directory, image)?;
         if options.locking {
             journal.recover(options.read_only, |offset, data| {
                 let written = self.write(offset, data, Durability::Stable);
@@ -213,7 +223,9 @@ impl FileStore {
             && !block_device
             && probe_space(&file, path, host_block, &deallocate, &reserve)
                 .map_err(|e| plain(&e))?;
-        let directory = if block_device { None } else { reflink_directory(&file, path) };
+        let name = stable_name(path).ok().filter(|_| !block_device);
+        let directory = name.and_then(|name| Directory::of(&name).ok());
+        let shares = directory.as_ref().is_some_and(|d| shares_blocks(&file, d).unwrap_or(false));
         let capabilities = Capabilities {
             read_only: options.read_only,
             host_block,
@@ -223,7 +235,8 @@ impl FileStore {
             },
             reserves: probed && knowledge.fiemap && !reserve.is_last_resort(),
             whole_writes: 0,
-            snapshots: directory.is_some(),
+            // Nothing is made beside a disk that is only read.
+            snapshots: shares && !options.read_only,
             transfer_align,
             in_memory: !options.direct && sys::is_in_memory(&file),
             device: device(&file, block_device).map_err(|e| plain(&e))?,
@@ -231,12 +244,12 @@ impl FileStore {
                 "extents={knowledge} unmap={} zero={} copy={}",
                 deallocate.name(),
                 reserve.name(),
-                if directory.is_some() { "reflink" } else { "bytes" }
+                if shares { "reflink" } else { "bytes" }
             ),
         };
         let at_once = AtOnce::of(&file, options.direct);
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-        let pool = Pool::new(&name.chars().take(15).collect::<String>(), POOL_THREADS);
+        let pool = Pool::new(&name.chars().take(15).collect::<String>(), Role::Disk, POOL_THREADS);
         Ok(FileStore {
             file,
             block_device,
@@ -282,7 +295,11 @@ impl FileStore {
 
     /// An unnamed file that shares the blocks of these ranges. Each range keeps its place in its first
     /// block; what shares a block with something else is copied.
-    fn share(&self, directory: &File, ranges: &[Range<u64>]) -> Result<Snapshot, StoreError> {
+    fn share(
+        &self,
+        directory: &Arc<Directory>,
+        ranges: &[Range<u64>],
+    ) -> Result<Snapshot, StoreError> {
         let block = u64::from(self.capabilities.host_block);
         let mut starts = Vec::new();
         let mut end = 0u64;
@@ -292,7 +309,7 @@ impl FileStore {
             end = end.saturating_add(blocks);
         }
         let host = |e: io::Error| StoreError::from(Cause::from(&e));
-        let file = unnamed_file(directory).map_err(host)?;
+        let file = directory.unnamed_file().map_err(host)?;
         file.set_len(end).map_err(host)?;
         let store = self.over_snapshot(file);
         for (range, start) in ranges.iter().zip(&starts) {
@@ -319,7 +336,7 @@ impl FileStore {
             notes: Notes::in_memory(),
             journal: None,
             directory: None,
-            pool: Pool::new("snapshot", 1),
+            pool: Pool::new("snapshot", Role::Disk, 1),
         }
     }
 
@@ -524,7 +541,8 @@ impl Store for FileStore {
     }
 
     fn snapshot(&self, ranges: &[Range<u64>]) -> Result<Option<Snapshot>, StoreError> {
-        let Some(directory) = &self.directory else { return Ok(None) };
+        let directory = self.directory.as_ref().filter(|_| self.capabilities.snapshots);
+        let Some(directory) = directory else { return Ok(None) };
         self.share(directory, ranges).map(Some)
     }
 
@@ -560,27 +578,16 @@ fn offload(from: &File, source: u64, to: &File, at: u64, len: u64) -> io::Result
     }
 }
 
-/// A file without a name, gone with its descriptor.
-fn unnamed_file(directory: &File) -> io::Result<File> {
-    let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
-    Ok(File::from(openat(directory, ".", flags, Mode::S_IRUSR | Mode::S_IWUSR)?))
-}
-
-/// The directory of a file, if unnamed files in it can share the file's blocks: tried out on two of
-/// them.
-fn reflink_directory(file: &File, path: &Path) -> Option<File> {
-    let name = stable_name(path).ok()?;
-    let options = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).clone();
-    let directory = options.open(name.parent()?).ok()?;
-    let (one, other) = (unnamed_file(&directory).ok()?, unnamed_file(&directory).ok()?);
+/// Whether unnamed files in the directory of a file can share its blocks: tried out on two of them.
+fn shares_blocks(file: &File, directory: &Arc<Directory>) -> io::Result<bool> {
+    let (one, other) = (directory.unnamed_file()?, directory.unnamed_file()?);
     // A file that is mounted over, or a link to one elsewhere, is not in this file system.
-    if one.metadata().ok()?.dev() != file.metadata().ok()?.dev() {
-        return None;
+    if one.metadata()?.dev() != file.metadata()?.dev() {
+        return Ok(false);
     }
-    let block = u64::from(host_block(file, false).ok()?);
-    one.set_len(block).ok()?;
-    sys::reflink(&one, 0, &other, 0, block).ok()?;
-    Some(directory)
+    let block = u64::from(host_block(file, false)?);
+    one.set_len(block)?;
+    Ok(sys::reflink(&one, 0, &other, 0, block).is_ok())
 }
 
 /// Finds the rungs of the ladders that this file has, without changing it: a hole is punched behind

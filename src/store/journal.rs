@@ -4,12 +4,12 @@
 
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use zerocopy::big_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::beside::Beside;
+use super::beside::{Beside, Directory};
 use super::{Buffers, Cause, StoreError};
 
 /// Longest write that is put into it, in bytes.
@@ -33,12 +33,13 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    /// The journal of `image`, whose directory is resolved already.
+    /// The journal of `image`, in its directory.
     ///
     /// # Errors
-    /// If the directory cannot be opened.
-    pub(super) fn of(image: &Path) -> io::Result<Self> {
-        Ok(Journal { beside: Beside::of(image, ".thinlun-write")?, busy: Mutex::new(()) })
+    /// If the image has no name.
+    pub(super) fn of(directory: &Arc<Directory>, image: &Path) -> io::Result<Self> {
+        let beside = Beside::of(directory, image, ".thinlun-write")?;
+        Ok(Journal { beside, busy: Mutex::new(()) })
     }
 
     /// Has the write that was not finished, if there is one, made by `write`, which has it reach the medium.
@@ -108,7 +109,7 @@ mod tests {
         let path = directory.path().join("disk.img");
         std::fs::write(&path, [1; 4096]).unwrap();
         let image = File::options().read(true).write(true).open(&path).unwrap();
-        let journal = Journal::of(&path).unwrap();
+        let journal = Journal::of(&Directory::of(&path).unwrap(), &path).unwrap();
         let data = Buffers::copy_of(&[2; 1024]).unwrap();
         let there = || directory.path().join("disk.img.thinlun-write").exists();
         // The image is changed, if at all, only while the journal is there.

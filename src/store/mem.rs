@@ -8,6 +8,7 @@ use super::extents::List;
 use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Kind, Notes, Pool, Space, Store, StoreError,
 };
+use crate::sandbox::Role;
 
 const PAGE: usize = 4096;
 
@@ -38,7 +39,7 @@ impl MemStore {
             device: u64::MAX,
             ways: "memory".into(),
         };
-        let (notes, pool) = (Notes::in_memory(), Pool::new("mem", 2));
+        let (notes, pool) = (Notes::in_memory(), Pool::new("mem", Role::Disk, 2));
         MemStore { size, pages: Mutex::default(), capabilities, notes, pool }
     }
 

@@ -5,9 +5,9 @@
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::beside::Beside;
+use super::beside::{Beside, Directory};
 use super::{Cause, StoreError};
 
 /// Longest file that is read: far more than is ever written.
@@ -21,7 +21,7 @@ const HEADING: &str = "# thinlun remembers this of the image beside it.";
 pub struct Notes {
     place: Option<Place>,
     values: Mutex<BTreeMap<String, String>>,
-    /// Whoever changes them, one at a time. Not needed to look at them: that waits for no host.
+    /// Held by who changes them, which takes as long as the host does. Who looks does not wait for that.
     changing: Mutex<()>,
 }
 
@@ -34,14 +34,14 @@ impl Notes {
         Notes { place: None, values: Mutex::default(), changing: Mutex::default() }
     }
 
-    /// The notes beside `image`, whose directory is resolved already.
+    /// The notes beside `image`, in its directory.
     ///
     /// # Errors
     /// If there is a file with the name of one that is ours, but none we can read.
-    pub fn beside(image: &Path) -> io::Result<Self> {
-        let place = Place(Beside::of(image, ".thinlun")?);
+    pub(super) fn beside(directory: &Arc<Directory>, image: &Path) -> io::Result<Self> {
+        let place = Place(Beside::of(directory, image, ".thinlun")?);
         let values = parse(&String::from_utf8_lossy(&place.0.read(MAX_BYTES)?))?;
-        Ok(Notes { place: Some(place), values: Mutex::new(values), changing: Mutex::default() })
+        Ok(Notes { place: Some(place), values: Mutex::new(values), ..Self::in_memory() })
     }
 
     /// The same values, to be kept in memory from now on: of an image that others may read too.
@@ -56,7 +56,11 @@ impl Notes {
 
     /// What was noted under a name.
     pub fn get(&self, name: &str) -> Option<String> {
-        self.values.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+        self.values().get(name).cloned()
+    }
+
+    fn values(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
+        self.values.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes a value, or forgets it. When this returns, a crash of the host changes nothing about it.
@@ -66,8 +70,7 @@ impl Notes {
     /// If the host cannot keep it; then what was noted before still is.
     pub fn set(&self, name: &str, value: Option<&str>) -> Result<(), StoreError> {
         let _alone = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let values = || self.values.lock().unwrap_or_else(PoisonError::into_inner);
-        let old = values().clone();
+        let old = self.values().clone();
         let mut new = old.clone();
         match value {
             Some(value) => drop(new.insert(name.to_owned(), value.to_owned())),
@@ -76,7 +79,7 @@ impl Notes {
         if let (Some(place), true) = (&self.place, new != old) {
             place.write(&new).map_err(|e| StoreError::from(Cause::from(&e)))?;
         }
-        *values() = new;
+        *self.values() = new;
         Ok(())
     }
 }
@@ -113,11 +116,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("disk.img");
         let file = directory.path().join("disk.img.thinlun");
-        let notes = Notes::beside(&image).unwrap();
+        let beside = |image: &Path| Notes::beside(&Directory::of(image)?, image);
+        let notes = beside(&image).unwrap();
         assert_eq!(notes.get("a"), None);
         notes.set("a", Some("1=2 3")).unwrap();
         notes.set("b", Some("")).unwrap();
-        let again = Notes::beside(&image).unwrap();
+        let again = beside(&image).unwrap();
         assert_eq!((again.get("a").unwrap(), again.get("b").unwrap()), ("1=2 3".into(), "".into()));
         again.set("a", None).unwrap();
         again.set("b", None).unwrap();
@@ -131,7 +135,8 @@ mod tests {
         let file = directory.path().join("disk.img.thinlun");
         for text in ["hello", &format!("{HEADING}\nno equals sign\n")] {
             std::fs::write(&file, text).unwrap();
-            Notes::beside(&directory.path().join("disk.img")).unwrap_err();
+            let image = directory.path().join("disk.img");
+            Notes::beside(&Directory::of(&image).unwrap(), &image).unwrap_err();
             assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
         }
     }

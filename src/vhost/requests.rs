@@ -282,7 +282,9 @@ impl RequestQueue {
             (Finished::Withdrawn, Some(transfer)) => {
                 transfer.finish(lun, Err(Cause::Cancelled.into()))
             }
-            (Finished::Withdrawn | Finished::Operation(_), None) => lun.failed(ScsiError::Aborted),
+            (Finished::Withdrawn, None) => lun.failed(ScsiError::Aborted),
+            // A job that there was no thread for.
+            (Finished::Operation(_), None) => lun.failed(ScsiError::Busy),
         };
         let ended_early = task.ended.is_none() && outcome.delivery == Delivery::Aborted;
         if !(self.leaves && ended_early) {

@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 pub mod fuse;
+pub mod pids;
 
 use std::fs::{self, File};
 use std::io::Write;

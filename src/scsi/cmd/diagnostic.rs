@@ -55,11 +55,15 @@ fn self_test(lun: &Arc<Lun>, code: u8) -> Result<Reply, ScsiError> {
                 let busy = Sense::new(Key::NotReady, asc::NOT_READY_SELF_TEST_IN_PROGRESS);
                 return Err(ScsiError::Check(busy));
             }
-            lun.store().pool().run(Box::new(move || {
+            let begun = lun.store().pool().run(Box::new(move || {
                 // What came of it is told by log page 10h.
                 let _ = run_test(&on, code);
                 on.statistics().end_self_test();
             }));
+            if begun.is_err() {
+                lun.statistics().end_self_test();
+                return Err(ScsiError::Busy);
+            }
             Ok(Reply::Good)
         }
         0b000 | 0b101 | 0b110 => Ok(Reply::Job(Box::new(move |cancel| {

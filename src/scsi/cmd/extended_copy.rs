@@ -241,11 +241,11 @@ pub(super) fn run(
     Reply::Job(Box::new(move |cancel| {
         if immediate {
             // Commands that abort it wait for it.
-            lun.store().pool().run_apart(Box::new(move || {
+            let begun = lun.store().pool().run_apart(Box::new(move || {
                 // What became of it is asked for by its list identifier.
                 let _ = copy.run(|operation| work(operation, &Cancel::default()));
             }));
-            return Ok(consumed);
+            return begun.map(|()| consumed).map_err(|_| ScsiError::Busy);
         }
         copy.run(|operation| work(operation, cancel)).map(|()| consumed)
     }))

@@ -120,7 +120,7 @@ pub struct Completion<J> {
 /// What came of an operation or job.
 #[derive(Debug)]
 pub enum Finished<J> {
-    /// An operation ran.
+    /// An operation ran; or nothing did, for want of a thread ([`super::Cause::Busy`]), be it an operation or a job.
     Operation(Result<(), StoreError>),
     /// A job ran.
     Job(J),

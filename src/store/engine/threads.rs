@@ -16,7 +16,7 @@ pub struct ThreadEngine<J> {
 }
 
 struct Running {
-    /// `None` if a thread of its own is at it.
+    /// `None` if a thread of its own is at it, or none could be had: then it has completed.
     work: Option<WorkId>,
     store: Arc<dyn Store>,
     cancel: Arc<Cancel>,
@@ -53,8 +53,12 @@ impl<J: Send + 'static> ThreadEngine<J> {
         let id = token.0;
         let cancel = Arc::new(Cancel::default());
         let (port, flag, on) = (Arc::clone(&self.port), Arc::clone(&cancel), Arc::clone(store));
-        let work = store.pool().run(Box::new(move || port.post(token, work(&flag, on.as_ref()))));
-        self.running.insert(id, Running { work: Some(work), store: Arc::clone(store), cancel });
+        let work = Box::new(move || port.post(token, work(&flag, on.as_ref())));
+        let work = store.pool().run(work).ok();
+        if work.is_none() {
+            self.port.post(Token(id), Finished::Operation(Err(Cause::Busy.into())));
+        }
+        self.running.insert(id, Running { work, store: Arc::clone(store), cancel });
     }
 }
 
@@ -95,7 +99,7 @@ impl<J: Send + 'static> Engine<J> for ThreadEngine<J> {
     fn cancel(&mut self, token: u32) {
         let Some(running) = self.running.get(&token) else { return };
         running.cancel.request();
-        if running.work.and_then(|work| running.store.pool().withdraw(work)).is_some() {
+        if running.work.is_some_and(|work| running.store.pool().withdraw(work).is_some()) {
             self.port.post(Token(token), Finished::Withdrawn);
         }
     }

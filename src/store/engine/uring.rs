@@ -17,6 +17,7 @@ use nix::sys::eventfd::EventFd;
 
 use super::threads::{Port, ThreadEngine};
 use super::{Cancel, Completion, Engine, EngineKind, Finished, Job, Operation, Token};
+use crate::sandbox;
 use crate::store::{Cause, Durability, Hold, Store, StoreError};
 
 /// Transfers in a ring at the same time; more go to the pool.
@@ -204,7 +205,7 @@ impl RingSide {
     /// The ring, if the kernel lets us have one.
     fn ring(&mut self) -> Option<&mut IoUring> {
         if let Ring::Untried = self.ring {
-            self.ring = match make() {
+            self.ring = match ready() {
                 Ok(ring) => Ring::Ready(Box::new(ring)),
                 Err(error) => {
                     log::info!("no io_uring here ({error}): transfers are made by threads");
@@ -331,9 +332,17 @@ fn outcome(operation: &Operation, result: i32) -> Option<Result<(), StoreError>>
 
 /// Whether the kernel lets us have a ring.
 pub fn is_there() -> bool {
-    make().is_ok()
+    ready().is_ok()
 }
 
+/// A ring for this thread. A confined one may not make any, but turn one on, which then is its own.
+fn ready() -> io::Result<IoUring> {
+    let ring = sandbox::ask(make)??;
+    ring.submitter().register_enable_rings()?;
+    Ok(ring)
+}
+
+/// A ring that is off, and restricted.
 fn make() -> io::Result<IoUring> {
     // One thread submits and reaps, and is not interrupted for completions: they wait until it looks
     // (Linux 6.1). Before that, it is interrupted.
@@ -358,7 +367,6 @@ fn make() -> io::Result<IoUring> {
     ];
     let mut restrictions = operations.map(Restriction::sqe_op);
     ring.submitter().register_restrictions(&mut restrictions)?;
-    ring.submitter().register_enable_rings()?;
     // No file is registered: when this process is killed, a registered one stays open, and its image
     // locked, for as long as the kernel takes to clear the ring away.
     Ok(ring)
@@ -547,7 +555,7 @@ mod tests {
 
     #[test]
     fn a_ring_does_nothing_else() {
-        let Ok(mut ring) = make() else { return };
+        let Ok(mut ring) = ready() else { return };
         let entry = opcode::Fsync::new(types::Fd(2)).build();
         // SAFETY: it refers to no memory.
         unsafe { ring.submission().push(&entry).unwrap() };
