@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -21,8 +21,8 @@ use super::lock::{LockError, lock_image_soon};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Pool, Snapshot,
-    Space, Store, StoreError, sys,
+    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Pool, RingFile,
+    Snapshot, Space, Store, StoreError, sys,
 };
 
 /// Threads that may block in one file at the same time.
@@ -52,6 +52,9 @@ pub struct FileStore {
     block_device: bool,
     /// Whether it is open with O_DIRECT.
     direct: bool,
+    /// Whether transfers can be left to the kernel, which has no need of a thread for each (FMODE_NOWAIT): not on FUSE
+    /// and NFS.
+    in_ring: bool,
     capabilities: Capabilities,
     /// Alignment that O_DIRECT asks of memory, in bytes; 1 without it.
     memory_align: usize,
@@ -232,6 +235,7 @@ impl FileStore {
                 if directory.is_some() { "reflink" } else { "bytes" }
             ),
         };
+        let in_ring = sys::has_nowait(&file, u64::from(transfer_align));
         let at_once = AtOnce::of(&file, options.direct);
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
         let pool = Pool::new(&name.chars().take(15).collect::<String>(), POOL_THREADS);
@@ -239,6 +243,7 @@ impl FileStore {
             file,
             block_device,
             direct: options.direct,
+            in_ring,
             capabilities,
             memory_align,
             knowledge,
@@ -307,6 +312,7 @@ impl FileStore {
             file,
             block_device: false,
             direct: false,
+            in_ring: false,
             capabilities: Capabilities { transfer_align: 1, ..self.capabilities.clone() },
             memory_align: 1,
             knowledge: self.knowledge,
@@ -475,7 +481,10 @@ impl Store for FileStore {
         (result == len).then_some(Ok(()))
     }
 
-    fn ring_file(&self, operation: &Operation) -> Option<(RawFd, Hold)> {
+    fn ring_file(&self, operation: &Operation) -> Option<(RingFile, Hold)> {
+        if !self.in_ring {
+            return None;
+        }
         let list = match operation {
             Operation::Read { into, medium: false, .. } => into,
             Operation::Write { from, .. } if self.direct => from,
@@ -486,7 +495,9 @@ impl Store for FileStore {
         };
         // What O_DIRECT cannot use in place, and what is more than one call takes, is our own work.
         let fits = list.is_aligned(self.memory_align) && list.iovecs().len() <= sys::MAX_SEGMENTS;
-        fits.then(|| (self.file.as_raw_fd(), Hold::FREE))
+        // Reads into the page cache wait for the device without a thread, and only if they may.
+        let file = RingFile { fd: self.file.as_raw_fd(), comes_back: self.direct };
+        fits.then_some((file, Hold::FREE))
     }
 
     fn file(&self) -> Option<&File> {
