@@ -21,8 +21,8 @@ use super::lock::{LockError, lock_image_soon};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Pool, RingFile,
-    Snapshot, Space, Store, StoreError, sys,
+    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Piece, Pool,
+    RingFile, Snapshot, Space, Store, StoreError, sys,
 };
 
 /// Threads that may block in one file at the same time.
@@ -346,13 +346,26 @@ impl FileStore {
         Ok(done)
     }
 
-    /// Our own aligned memory where O_DIRECT cannot use the caller's; `None` where it can.
-    fn bounce(&self, list: &Buffers, offset: u64) -> Result<Option<Buffers>, StoreError> {
-        if list.is_aligned(self.memory_align) {
-            return Ok(None);
+    /// Does a transfer through memory of our own, piece by piece: for lists that O_DIRECT cannot use. `step` gets where
+    /// in the file a piece begins, the piece, and where in the list it belongs.
+    fn in_pieces(
+        offset: u64,
+        len: usize,
+        mut step: impl FnMut(u64, &Buffers, usize) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let mut done = 0;
+        while done < len {
+            let at = offset + done as u64;
+            // A new one each time: there may be a longer one by now.
+            let piece = Piece::of(len - done).ok_or(StoreError::at(Cause::Busy, at))?;
+            step(at, &piece, done)?;
+            done += piece.len();
         }
-        let own = Buffers::zeroed(list.len()).ok_or(StoreError::at(Cause::Busy, offset))?;
-        Ok(Some(own))
+        Ok(())
+    }
+
+    fn is_usable(&self, list: &Buffers) -> bool {
+        list.is_aligned(self.memory_align)
     }
 
     fn read_all(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
@@ -363,6 +376,22 @@ impl FileStore {
         })?;
         into.fill_zero(done, into.len() - done);
         Ok(())
+    }
+
+    fn write_all(
+        &self,
+        offset: u64,
+        from: &Buffers,
+        durability: Durability,
+    ) -> Result<(), StoreError> {
+        let stable = durability == Durability::Stable;
+        let done = Self::all(offset, from.len(), |done| {
+            sys::write(&self.file, offset, from, done, stable)
+        })?;
+        match done == from.len() {
+            true => Ok(()),
+            false => Err(StoreError::at(Cause::Medium, offset + done as u64)),
+        }
     }
 }
 
@@ -376,14 +405,14 @@ impl Store for FileStore {
     }
 
     fn read(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
-        match self.bounce(into, offset)? {
-            None => self.read_all(offset, into),
-            Some(own) => {
-                self.read_all(offset, &own)?;
-                into.write_at(0, &own.to_vec(own.len()));
-                Ok(())
-            }
+        if self.is_usable(into) {
+            return self.read_all(offset, into);
         }
+        Self::in_pieces(offset, into.len(), |at, piece, done| {
+            self.read_all(at, piece)?;
+            into.copy_from(done, piece, 0, piece.len());
+            Ok(())
+        })
     }
 
     fn read_medium(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
@@ -400,23 +429,24 @@ impl Store for FileStore {
     }
 
     fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), StoreError> {
-        let own = self.bounce(from, offset)?;
-        if let Some(own) = &own {
-            own.write_at(0, &from.to_vec(from.len()));
+        if self.is_usable(from) {
+            return self.write_all(offset, from, durability);
         }
-        let from = own.as_ref().unwrap_or(from);
-        let stable = durability == Durability::Stable;
-        let done = Self::all(offset, from.len(), |done| {
-            sys::write(&self.file, offset, from, done, stable)
+        // One flush at the end is cheaper than one for each piece.
+        let mut stable = false;
+        Self::in_pieces(offset, from.len(), |at, piece, done| {
+            piece.copy_from(0, from, done, piece.len());
+            stable = durability == Durability::Stable && piece.len() == from.len();
+            self.write_all(at, piece, if stable { durability } else { Durability::Cached })
         })?;
-        match done == from.len() {
-            true => Ok(()),
-            false => Err(StoreError::at(Cause::Medium, offset + done as u64)),
+        match durability {
+            Durability::Stable if !stable => self.flush(),
+            Durability::Stable | Durability::Cached => Ok(()),
         }
     }
 
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
-        if self.direct && from.is_aligned(self.memory_align) {
+        if self.direct && self.is_usable(from) {
             // Where the device can do it, and the range is one that it does. Otherwise nothing was written.
             if sys::write_torn_free(&self.file, offset, from).is_ok() {
                 return Ok(());
@@ -494,7 +524,7 @@ impl Store for FileStore {
             Operation::Read { .. } | Operation::Prefetch { .. } => return None,
         };
         // What O_DIRECT cannot use in place, and what is more than one call takes, is our own work.
-        let fits = list.is_aligned(self.memory_align) && list.iovecs().len() <= sys::MAX_SEGMENTS;
+        let fits = self.is_usable(list) && list.iovecs().len() <= sys::MAX_SEGMENTS;
         // Reads into the page cache wait for the device without a thread, and only if they may.
         let file = RingFile { fd: self.file.as_raw_fd(), comes_back: self.direct };
         fits.then_some((file, Hold::FREE))

@@ -20,6 +20,7 @@ pub mod lock;
 mod loop_device;
 pub mod mem;
 pub mod notes;
+pub mod pieces;
 pub mod pool;
 mod space;
 mod sys;
@@ -29,6 +30,7 @@ pub use engine::{Completion, Engine, Operation, Token};
 pub use exclusion::{Exclusion, Hold};
 pub use extents::{Extent, Kind};
 pub use notes::Notes;
+pub use pieces::Piece;
 pub use pool::Pool;
 
 use std::fmt;
