@@ -36,6 +36,8 @@ const WATCHED: RegionSpec = RegionSpec::new(4 * GIB, 8 * MIB).reserved();
 /// Units on healthy storage, and more of them on the file system that hangs.
 const HEALTHY: [u16; 3] = [1, 2, 3];
 const ON_THE_SAME: [u16; 2] = [4, 5];
+/// A sparse file in which every direct write has to take space.
+const SPARSE: u16 = 6;
 
 /// A daemon with a unit on a file system that can hang, and units on storage that does not.
 struct Rig {
@@ -75,6 +77,7 @@ impl Rig {
             .disk(&image(tmpfs.path(), "memory.img"), "lun=3")
             .disk(&hanging("same-1.img"), "lun=4")
             .disk(&hanging("same-2.img"), "lun=5,cache=direct")
+            .disk(&scratch.image("sparse.img", DISK as u64), "lun=6,cache=direct")
             .arg("--socket-path")
             .arg(&other_socket)
             .spawn();
@@ -594,6 +597,35 @@ fn several_hung_units_and_full_queues_are_in_nobodys_way() {
         stuck.into_iter().for_each(|ticket| drop(fe.wait(ticket).expect_good()));
         for (lun, model) in units.iter().zip(&mut models) {
             model.settle(lun);
+        }
+    });
+}
+
+/// The kernel has few threads for the transfers of a ring that it cannot make without waiting, and they are there for
+/// all files of the ring.
+#[test]
+fn reads_that_hang_take_no_thread_from_others() {
+    const READS: usize = 20;
+    const LEN: usize = 64 << 10;
+    on_each_host(|rig| {
+        let fe = rig.front_end();
+        let hanging = fe.ready_lun(0, 0).with_shape(Shape::default().aligned(4096));
+        let sparse = fe.ready_lun(0, SPARSE).with_shape(Shape::default().aligned(4096));
+        let hung = rig.hang();
+        let at = |n: usize| (n * DISK / BLOCK / READS) as u64;
+        let cdb = |n| cdb::read16(at(n), (LEN / BLOCK) as u32);
+        let reads: Vec<Ticket> =
+            (0..READS).map(|n| hanging.submit(&hanging.request(cdb(n)).data_in(LEN))).collect();
+        for n in 0..DISK / LEN / 4 {
+            let lba = (n * 4 * LEN / BLOCK) as u64;
+            sparse.write16(lba, &blocks(lba, LEN / BLOCK, BLOCK, 1));
+        }
+        let threads = rig.daemon.diagnosis().thread_states();
+        assert!(!threads.iter().any(|thread| thread.starts_with("iou-")), "{threads:?}");
+        drop(hung);
+        for (n, ticket) in reads.into_iter().enumerate() {
+            let expected = blocks(at(n), LEN / BLOCK, BLOCK, 0);
+            assert_same(fe.wait(ticket).expect_good().data(), &expected, "what hung");
         }
     });
 }

@@ -3,13 +3,10 @@
 
 use super::lun::{ByteRange, Lun};
 use super::sense::ScsiError;
-use crate::store::{Buffers, Durability, StoreError};
+use crate::store::{Buffers, Durability, Piece, StoreError};
 
 /// Most bytes that one host call is asked to free or reserve.
 const STEP: u64 = 4 << 30;
-
-/// Bytes that a pattern is written in at a time.
-const CHUNK: usize = 1 << 20;
 
 /// What becomes of blocks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,7 +39,7 @@ impl Fill {
         while at < range.end {
             go_on(at - range.start)?;
             let end = range.end.min(at.saturating_add(step));
-            self.step(lun, at..end, chunk.as_ref())
+            self.step(lun, at..end, chunk.as_deref())
                 .map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?;
             at = end;
         }
@@ -63,12 +60,12 @@ impl Fill {
     }
 }
 
-/// A chunk of copies of a block, as long as the range at most.
-fn repeated(block: &[u8], range: &ByteRange) -> Result<Buffers, ScsiError> {
-    let whole = usize::try_from(range.end - range.start).unwrap_or(CHUNK).min(CHUNK);
-    let chunk = Buffers::zeroed(whole).ok_or(ScsiError::Busy)?;
+/// A chunk of copies of a block, as long as the range at most; whole blocks, as every piece is.
+fn repeated(block: &[u8], range: &ByteRange) -> Result<Piece, ScsiError> {
+    let whole = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+    let chunk = Piece::of(whole).ok_or(ScsiError::Busy)?;
     let mut filled = 0;
-    while filled < whole && !block.is_empty() {
+    while filled < chunk.len() && !block.is_empty() {
         filled += chunk.write_at(filled, block);
     }
     Ok(chunk)

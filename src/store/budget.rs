@@ -7,14 +7,13 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
 use super::copy::Method;
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Pool, Snapshot,
-    Space, Store, StoreError,
+    Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Pool, RingFile,
+    Snapshot, Space, Store, StoreError,
 };
 
 /// Extents looked at in one go.
@@ -148,7 +147,7 @@ impl<S: Store> Store for Budget<S> {
         }
     }
 
-    fn ring_file(&self, operation: &Operation) -> Option<(RawFd, Hold)> {
+    fn ring_file(&self, operation: &Operation) -> Option<(RingFile, Hold)> {
         match operation {
             Operation::Read { .. } | Operation::Flush => self.store.ring_file(operation),
             Operation::Write { .. } | Operation::Prefetch { .. } => None,

@@ -297,6 +297,17 @@ impl Buffers {
         })
     }
 
+    /// Copies `len` bytes of another list, from its byte `skip` on, to byte `at` of this one, as much as both hold; returns
+    /// the number of bytes copied.
+    pub fn copy_from(&self, at: usize, from: &Buffers, skip: usize, len: usize) -> usize {
+        from.for_each(skip, len.min(self.len.saturating_sub(at)), |source, n, done| {
+            self.for_each(at + done, n, |target, n, more| {
+                // SAFETY: both are mapped for `n` bytes by the contract of `push`; they may overlap.
+                unsafe { std::ptr::copy(source.wrapping_add(more), target, n) }
+            });
+        })
+    }
+
     /// The first `len` bytes (fewer if the list is shorter) as a vector.
     pub fn to_vec(&self, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len.min(self.len)];
@@ -401,6 +412,20 @@ mod tests {
                 (rest.len(), rest.to_vec(9)),
                 (7usize.saturating_sub(count), l.to_vec(9).split_off(count.min(7)))
             );
+        }
+    }
+
+    #[test]
+    fn lists_are_copied_between_segments_of_any_length() {
+        let from = list(&[b"abc", b"defg", b"h"]);
+        for (at, skip, len) in [(0, 0, 99), (1, 2, 5), (6, 1, 4), (0, 7, 3), (2, 8, 1), (9, 0, 1)] {
+            let to = list(&[b"12345", b"6", b"789"]);
+            let mut expected = b"123456789".to_vec();
+            let source = b"abcdefgh".get(skip..).unwrap_or_default();
+            let count = len.min(source.len()).min(9 - at);
+            expected[at..at + count].copy_from_slice(&source[..count]);
+            assert_eq!(to.copy_from(at, &from, skip, len), count, "{at} {skip} {len}");
+            assert_eq!(to.to_vec(99), expected, "{at} {skip} {len}");
         }
     }
 

@@ -8,7 +8,6 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -16,8 +15,8 @@ use std::time::Duration;
 use super::copy::Method;
 use super::engine::Cancel;
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Notes, Operation, Pool, Snapshot, Space,
-    Store, StoreError,
+    Buffers, Capabilities, Cause, Durability, Extent, Notes, Operation, Pool, RingFile, Snapshot,
+    Space, Store, StoreError,
 };
 
 /// How often one that waits looks whether it is to go on waiting.
@@ -327,7 +326,7 @@ impl Store for Exclusion {
         done
     }
 
-    fn ring_file(&self, operation: &Operation) -> Option<(RawFd, Hold)> {
+    fn ring_file(&self, operation: &Operation) -> Option<(RingFile, Hold)> {
         let (file, _) = self.store.ring_file(operation)?;
         Some((file, self.enter_now(&ranges_of(operation))?))
     }

@@ -3,15 +3,14 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::RawFd;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::copy::Method;
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Pool, Snapshot,
-    Space, Store, StoreError,
+    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Pool, RingFile,
+    Snapshot, Space, Store, StoreError,
 };
 
 /// What a fault is about.
@@ -246,7 +245,7 @@ impl<S: Store> Store for Faults<S> {
         self.store.try_now(operation)
     }
 
-    fn ring_file(&self, _: &Operation) -> Option<(RawFd, Hold)> {
+    fn ring_file(&self, _: &Operation) -> Option<(RingFile, Hold)> {
         None
     }
 

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,8 +20,8 @@ use super::lock::{LockError, lock_image_soon};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Pool, Snapshot,
-    Space, Store, StoreError, sys,
+    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Piece, Pool,
+    RingFile, Snapshot, Space, Store, StoreError, sys,
 };
 use crate::sandbox::Role;
 
@@ -52,6 +52,9 @@ pub struct FileStore {
     block_device: bool,
     /// Whether it is open with O_DIRECT.
     direct: bool,
+    /// Whether transfers can be left to the kernel, which has no need of a thread for each (FMODE_NOWAIT): not on FUSE
+    /// and NFS.
+    in_ring: bool,
     capabilities: Capabilities,
     /// Alignment that O_DIRECT asks of memory, in bytes; 1 without it.
     memory_align: usize,
@@ -247,6 +250,7 @@ impl FileStore {
                 if shares { "reflink" } else { "bytes" }
             ),
         };
+        let in_ring = sys::has_nowait(&file, u64::from(transfer_align));
         let at_once = AtOnce::of(&file, options.direct);
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
         let pool = Pool::new(&name.chars().take(15).collect::<String>(), Role::Disk, POOL_THREADS);
@@ -254,6 +258,7 @@ impl FileStore {
             file,
             block_device,
             direct: options.direct,
+            in_ring,
             capabilities,
             memory_align,
             knowledge,
@@ -326,6 +331,7 @@ impl FileStore {
             file,
             block_device: false,
             direct: false,
+            in_ring: false,
             capabilities: Capabilities { transfer_align: 1, ..self.capabilities.clone() },
             memory_align: 1,
             knowledge: self.knowledge,
@@ -359,13 +365,26 @@ impl FileStore {
         Ok(done)
     }
 
-    /// Our own aligned memory where O_DIRECT cannot use the caller's; `None` where it can.
-    fn bounce(&self, list: &Buffers, offset: u64) -> Result<Option<Buffers>, StoreError> {
-        if list.is_aligned(self.memory_align) {
-            return Ok(None);
+    /// Does a transfer through memory of our own, piece by piece: for lists that O_DIRECT cannot use. `step` gets where
+    /// in the file a piece begins, the piece, and where in the list it belongs.
+    fn in_pieces(
+        offset: u64,
+        len: usize,
+        mut step: impl FnMut(u64, &Buffers, usize) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let mut done = 0;
+        while done < len {
+            let at = offset + done as u64;
+            // A new one each time: there may be a longer one by now.
+            let piece = Piece::of(len - done).ok_or(StoreError::at(Cause::Busy, at))?;
+            step(at, &piece, done)?;
+            done += piece.len();
         }
-        let own = Buffers::zeroed(list.len()).ok_or(StoreError::at(Cause::Busy, offset))?;
-        Ok(Some(own))
+        Ok(())
+    }
+
+    fn is_usable(&self, list: &Buffers) -> bool {
+        list.is_aligned(self.memory_align)
     }
 
     fn read_all(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
@@ -376,6 +395,22 @@ impl FileStore {
         })?;
         into.fill_zero(done, into.len() - done);
         Ok(())
+    }
+
+    fn write_all(
+        &self,
+        offset: u64,
+        from: &Buffers,
+        durability: Durability,
+    ) -> Result<(), StoreError> {
+        let stable = durability == Durability::Stable;
+        let done = Self::all(offset, from.len(), |done| {
+            sys::write(&self.file, offset, from, done, stable)
+        })?;
+        match done == from.len() {
+            true => Ok(()),
+            false => Err(StoreError::at(Cause::Medium, offset + done as u64)),
+        }
     }
 }
 
@@ -389,14 +424,14 @@ impl Store for FileStore {
     }
 
     fn read(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
-        match self.bounce(into, offset)? {
-            None => self.read_all(offset, into),
-            Some(own) => {
-                self.read_all(offset, &own)?;
-                into.write_at(0, &own.to_vec(own.len()));
-                Ok(())
-            }
+        if self.is_usable(into) {
+            return self.read_all(offset, into);
         }
+        Self::in_pieces(offset, into.len(), |at, piece, done| {
+            self.read_all(at, piece)?;
+            into.copy_from(done, piece, 0, piece.len());
+            Ok(())
+        })
     }
 
     fn read_medium(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
@@ -413,23 +448,24 @@ impl Store for FileStore {
     }
 
     fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), StoreError> {
-        let own = self.bounce(from, offset)?;
-        if let Some(own) = &own {
-            own.write_at(0, &from.to_vec(from.len()));
+        if self.is_usable(from) {
+            return self.write_all(offset, from, durability);
         }
-        let from = own.as_ref().unwrap_or(from);
-        let stable = durability == Durability::Stable;
-        let done = Self::all(offset, from.len(), |done| {
-            sys::write(&self.file, offset, from, done, stable)
+        // One flush at the end is cheaper than one for each piece.
+        let mut stable = false;
+        Self::in_pieces(offset, from.len(), |at, piece, done| {
+            piece.copy_from(0, from, done, piece.len());
+            stable = durability == Durability::Stable && piece.len() == from.len();
+            self.write_all(at, piece, if stable { durability } else { Durability::Cached })
         })?;
-        match done == from.len() {
-            true => Ok(()),
-            false => Err(StoreError::at(Cause::Medium, offset + done as u64)),
+        match durability {
+            Durability::Stable if !stable => self.flush(),
+            Durability::Stable | Durability::Cached => Ok(()),
         }
     }
 
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
-        if self.direct && from.is_aligned(self.memory_align) {
+        if self.direct && self.is_usable(from) {
             // Where the device can do it, and the range is one that it does. Otherwise nothing was written.
             if sys::write_torn_free(&self.file, offset, from).is_ok() {
                 return Ok(());
@@ -494,7 +530,10 @@ impl Store for FileStore {
         (result == len).then_some(Ok(()))
     }
 
-    fn ring_file(&self, operation: &Operation) -> Option<(RawFd, Hold)> {
+    fn ring_file(&self, operation: &Operation) -> Option<(RingFile, Hold)> {
+        if !self.in_ring {
+            return None;
+        }
         let list = match operation {
             Operation::Read { into, medium: false, .. } => into,
             Operation::Write { from, .. } if self.direct => from,
@@ -504,8 +543,10 @@ impl Store for FileStore {
             Operation::Read { .. } | Operation::Prefetch { .. } => return None,
         };
         // What O_DIRECT cannot use in place, and what is more than one call takes, is our own work.
-        let fits = list.is_aligned(self.memory_align) && list.iovecs().len() <= sys::MAX_SEGMENTS;
-        fits.then(|| (self.file.as_raw_fd(), Hold::FREE))
+        let fits = self.is_usable(list) && list.iovecs().len() <= sys::MAX_SEGMENTS;
+        // Reads into the page cache wait for the device without a thread, and only if they may.
+        let file = RingFile { fd: self.file.as_raw_fd(), comes_back: self.direct };
+        fits.then_some((file, Hold::FREE))
     }
 
     fn file(&self) -> Option<&File> {

@@ -10,7 +10,7 @@ use zerocopy::big_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::beside::{Beside, Directory};
-use super::{Buffers, Cause, StoreError};
+use super::{Buffers, Cause, StoreError, sys};
 
 /// Longest write that is put into it, in bytes.
 pub const MAX_BYTES: usize = 1 << 20;
@@ -82,13 +82,21 @@ impl Journal {
     ) -> Result<(), StoreError> {
         let _alone = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = |e: io::Error| StoreError::at(Cause::from(&e), offset);
-        let data = from.to_vec(from.len());
-        let len = U64::new(data.len() as u64);
+        let len = U64::new(from.len() as u64);
         let header = Header { magic: MAGIC, offset: U64::new(offset), len };
         self.beside
             .replace(|file| {
                 file.write_all(header.as_bytes())?;
-                file.write_all(&data)
+                let mut done = 0;
+                while done < from.len() {
+                    match sys::write(file, size_of::<Header>() as u64, from, done, false) {
+                        Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                        Ok(more) => done += more,
+                        Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                Ok(())
             })
             .map_err(kept)?;
         let written = write();

@@ -21,6 +21,7 @@ pub mod lock;
 mod loop_device;
 pub mod mem;
 pub mod notes;
+pub mod pieces;
 pub mod pool;
 mod space;
 mod sys;
@@ -31,6 +32,7 @@ pub use exclusion::{Exclusion, Hold};
 pub use extents::{Extent, Kind};
 pub use host::Host;
 pub use notes::Notes;
+pub use pieces::Piece;
 pub use pool::Pool;
 
 use std::fmt;
@@ -92,9 +94,9 @@ pub trait Store: Send + Sync {
         None
     }
 
-    /// The descriptor by which the kernel can do an operation on its own, exactly as the store would, and what to
+    /// The file by which the kernel can do an operation on its own, exactly as the store would, and what to
     /// give back to [`Store::ring_done`] when that is over.
-    fn ring_file(&self, _operation: &Operation) -> Option<(RawFd, Hold)> {
+    fn ring_file(&self, _operation: &Operation) -> Option<(RingFile, Hold)> {
         None
     }
 
@@ -140,6 +142,16 @@ pub trait Store: Send + Sync {
     /// The threads that run this store's blocking work; its own, so that a host file system that
     /// hangs stops nothing but the disks on it.
     fn pool(&self) -> &Pool;
+}
+
+/// A file for transfers that the kernel does on its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingFile {
+    /// Its descriptor.
+    pub fd: RawFd,
+    /// A transfer that the kernel cannot begin at once comes back (RWF_NOWAIT). Otherwise threads of the kernel would
+    /// wait with it, of which all files of a ring have the same few.
+    pub comes_back: bool,
 }
 
 /// What [`Store::snapshot`] makes.

@@ -63,6 +63,17 @@ pub(super) fn read_now(file: &File, offset: u64, into: &Buffers) -> io::Result<u
     })
 }
 
+/// Whether the kernel knows of transfers of this file that do not wait (RWF_NOWAIT); asked for a read of its first
+/// bytes, `align` of them, which is not made if it would have to wait.
+pub(super) fn has_nowait(file: &File, align: u64) -> bool {
+    let len = usize::try_from(align.max(512)).unwrap_or(4096);
+    let Some(room) = Buffers::zeroed(len) else { return false };
+    match read_now(file, 0, &room) {
+        Ok(_) => true,
+        Err(error) => error.raw_os_error() == Some(libc::EAGAIN),
+    }
+}
+
 /// One `pwritev2(2)` that fails rather than waits for a device or a lock; may be short.
 pub(super) fn write_now(file: &File, offset: u64, from: &Buffers) -> io::Result<usize> {
     with_segments(from, 0, offset, |iov, count, offset| {

@@ -12,12 +12,12 @@ use crate::scsi::sense::{ScsiError, asc};
 use crate::scsi::statistics::Activity;
 use crate::scsi::wire::{U16, U64};
 use crate::store::engine::Cancel;
-use crate::store::{Buffers, Durability, Store, StoreError};
+use crate::store::{Buffers, Durability, Piece, Store, StoreError};
 
 /// MAXIMUM COMPARE AND WRITE LENGTH: what its field of the CDB can say.
 pub(super) const MAX_COMPARE_AND_WRITE: u8 = 255;
 
-/// Memory that one ORWRITE uses, in bytes.
+/// Memory that one of them uses, in bytes.
 const CHUNK: usize = 256 << 10;
 
 /// Why a step failed: the store, or what it found.
@@ -48,11 +48,21 @@ impl Alone<'_> {
         if self.cancel.is_requested() { Err(ScsiError::Aborted) } else { Ok(()) }
     }
 
-    fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, ScsiError> {
-        let own = Buffers::zeroed(len).ok_or(ScsiError::Busy)?;
-        let read = self.store.read(offset, &own);
-        read.map_err(|e| ScsiError::from_store(e, false, self.lun.block_size()))?;
-        Ok(own.to_vec(len))
+    /// Reads a range piece by piece: `step` gets each, and where in the range it begins.
+    fn read(
+        &self,
+        range: &BlockRange,
+        mut step: impl FnMut(&Buffers, usize) -> Result<(), ScsiError>,
+    ) -> Result<(), ScsiError> {
+        let room = Piece::of(CHUNK.min(range.bytes)).ok_or(ScsiError::Busy)?;
+        for at in (0..range.bytes).step_by(room.len().max(1)) {
+            self.go_on()?;
+            let piece = room.slice(0, range.bytes - at);
+            let read = self.store.read(range.offset + at as u64, &piece);
+            read.map_err(|e| ScsiError::from_store(e, false, self.lun.block_size()))?;
+            step(&piece, at)?;
+        }
+        Ok(())
     }
 
     fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), ScsiError> {
@@ -106,13 +116,29 @@ pub(super) fn compare_and_write(context: Context<'_>) -> Result<Reply, ScsiError
     let durability = context.lun.durability(fua);
     Ok(job(&context, range, 2 * range.bytes, move |alone| {
         let (expected, new) = data.split(range.bytes);
-        let found = alone.read(range.offset, range.bytes)?;
-        if let Some(at) = first_difference(&found, &expected.to_vec(range.bytes)) {
-            return Err(ScsiError::miscompare(at as u64));
-        }
+        alone.read(&range, |found, at| {
+            let want = |more, into: &mut [u8]| expected.read_at(at + more, into);
+            match first_difference(found, want) {
+                Some(more) => Err(ScsiError::miscompare((at + more) as u64)),
+                None => Ok(()),
+            }
+        })?;
         alone.go_on()?;
         alone.write(range.offset, &new, durability)
     }))
+}
+
+/// Sets the bits in `found` that are set in `new` from `at` on.
+fn set_bits(found: &Buffers, new: &Buffers, at: usize) {
+    let (mut old, mut set) = ([0; 4096], [0; 4096]);
+    let mut done = 0;
+    while done < found.len() {
+        let len = found.read_at(done, &mut old);
+        new.read_at(at + done, &mut set);
+        old.iter_mut().zip(set).for_each(|(old, set)| *old |= set);
+        found.write_at(done, old.get(..len).unwrap_or_default());
+        done += len.max(1);
+    }
 }
 
 /// ORWRITE(16): bits are set, none is cleared.
@@ -124,15 +150,10 @@ pub(super) fn or_write(context: Context<'_>) -> Result<Reply, ScsiError> {
     }
     let durability = context.lun.durability(cdb.fua());
     Ok(job(&context, range, range.bytes, move |alone| {
-        for at in (0..range.bytes).step_by(CHUNK) {
-            alone.go_on()?;
-            let len = CHUNK.min(range.bytes - at);
-            let mut bytes = alone.read(range.offset + at as u64, len)?;
-            let new = data.slice(at, len).to_vec(len);
-            bytes.iter_mut().zip(new).for_each(|(byte, new)| *byte |= new);
-            let bytes = Buffers::copy_of(&bytes).ok_or(ScsiError::Busy)?;
-            alone.write(range.offset + at as u64, &bytes, Durability::Cached)?;
-        }
+        alone.read(&range, |found, at| {
+            set_bits(found, &data, at);
+            alone.write(range.offset + at as u64, found, Durability::Cached)
+        })?;
         alone.lun.settle(durability)
     }))
 }

@@ -41,17 +41,22 @@ pub(super) fn unmap(context: Context<'_>) -> Result<Reply, ScsiError> {
     if len == 0 {
         return Ok(Reply::Good);
     }
-    let ranges = parse(context.lun, &context.data_out(len)?.to_vec(len))?;
+    // What can be right is no longer than this.
+    let most = size_of::<Header>() + (MAX_DESCRIPTORS as usize + 1) * size_of::<Descriptor>();
+    let ranges = parse(context.lun, &context.data_out(len)?.to_vec(len.min(most)), len)?;
     let fill = if anchor { Fill::Anchored } else { Fill::Deallocated };
     Ok(Reply::Job(job(context.lun, ranges, fill, len)))
 }
 
-/// The ranges of a parameter list.
-fn parse(lun: &Lun, list: &[u8]) -> Result<Vec<ByteRange>, ScsiError> {
+/// The ranges of a parameter list of `len` bytes, of which `list` is the beginning.
+fn parse(lun: &Lun, list: &[u8], len: usize) -> Result<Vec<ByteRange>, ScsiError> {
     let (header, rest) =
         Header::ref_from_prefix(list).map_err(|_| ScsiError::PARAMETER_LIST_LENGTH)?;
     let length = usize::from(header.descriptors_length.get());
-    let descriptors = rest.get(..length).ok_or(ScsiError::PARAMETER_LIST_LENGTH)?;
+    if size_of::<Header>() + length > len {
+        return Err(ScsiError::PARAMETER_LIST_LENGTH);
+    }
+    let descriptors = rest.get(..length).unwrap_or(rest);
     // What does not make a whole descriptor at the end is ignored.
     let mut ranges = Vec::new();
     let mut total = 0u64;

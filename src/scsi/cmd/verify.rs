@@ -8,7 +8,7 @@ use crate::scsi::lun::{BlockRange, Lun};
 use crate::scsi::sense::ScsiError;
 use crate::scsi::statistics::Activity;
 use crate::store::engine::Cancel;
-use crate::store::{Buffers, Durability};
+use crate::store::{Buffers, Durability, Piece};
 
 /// Memory that one verification uses to read into, in bytes.
 const CHUNK: usize = 256 << 10;
@@ -99,7 +99,7 @@ fn compare(
     expected: &Buffers,
     cancel: &Cancel,
 ) -> Result<(), ScsiError> {
-    let own = Buffers::zeroed(CHUNK.min(range.bytes)).ok_or(ScsiError::Busy)?;
+    let own = Piece::of(CHUNK.min(range.bytes)).ok_or(ScsiError::Busy)?;
     let mut done = 0;
     while done < range.bytes {
         stop_if(cancel)?;
@@ -109,8 +109,10 @@ fn compare(
             .read_medium(range.offset + done as u64, &chunk)
             .map_err(|e| ScsiError::from_store(e, false, lun.block_size()))?;
         if !matches!(against, Against::Nothing) {
-            let want = expected_at(against, expected, done, len, lun.block_size());
-            if let Some(at) = first_difference(&chunk.to_vec(len), &want) {
+            let want = |at, into: &mut [u8]| {
+                expected.read_at(against.position(done + at, lun.block_size()), into)
+            };
+            if let Some(at) = first_difference(&chunk, want) {
                 return Err(ScsiError::miscompare((done + at) as u64));
             }
         }
@@ -119,28 +121,28 @@ fn compare(
     Ok(())
 }
 
-/// The `len` bytes that the range must hold from `position` on.
-fn expected_at(
-    against: &Against,
-    expected: &Buffers,
-    position: usize,
-    len: usize,
-    block_size: u32,
-) -> Vec<u8> {
-    let mut want = vec![0; len];
-    let mut done = 0;
-    while let Some(rest) = want.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        match expected.read_at(against.position(position + done, block_size), rest) {
-            0 => break,
-            n => done += n,
+/// The first byte in which what was found differs from what is expected. `expected(at, into)` copies bytes from `at` on,
+/// and says how many; it may stop early, but not before it has copied one.
+pub(super) fn first_difference(
+    found: &Buffers,
+    expected: impl Fn(usize, &mut [u8]) -> usize,
+) -> Option<usize> {
+    let (mut ours, mut theirs) = ([0; 4096], [0; 4096]);
+    let mut at = 0;
+    while at < found.len() {
+        let len = expected(at, &mut theirs);
+        let (ours, theirs) = (ours.get_mut(..len)?, theirs.get(..len)?);
+        let len = found.read_at(at, ours);
+        let (ours, theirs) = (ours.get(..len)?, theirs.get(..len)?);
+        if ours != theirs {
+            return ours.iter().zip(theirs).position(|(a, b)| a != b).map(|n| at + n);
         }
+        if len == 0 {
+            return Some(at);
+        }
+        at += len;
     }
-    want
-}
-
-/// The first byte in which two pieces of the same length differ.
-pub(super) fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
-    if a == b { None } else { a.iter().zip(b).position(|(x, y)| x != y) }
+    None
 }
 
 fn stop_if(cancel: &Cancel) -> Result<(), ScsiError> {

@@ -18,7 +18,7 @@ use nix::sys::eventfd::EventFd;
 use super::threads::{Port, ThreadEngine};
 use super::{Cancel, Completion, Engine, EngineKind, Finished, Job, Operation, Token};
 use crate::sandbox;
-use crate::store::{Cause, Durability, Hold, Store, StoreError};
+use crate::store::{Cause, Durability, Hold, RingFile, Store, StoreError};
 
 /// Transfers in a ring at the same time; more go to the pool.
 const DEPTH: u32 = 128;
@@ -220,7 +220,7 @@ impl RingSide {
     }
 
     /// Puts a transfer into the ring; as [`UringEngine::launch`].
-    fn launch(&mut self, token: u32, file: RawFd, mut flight: Flight) -> Result<usize, Flight> {
+    fn launch(&mut self, token: u32, file: RingFile, mut flight: Flight) -> Result<usize, Flight> {
         let (Some(entry), Some(ring)) = (entry(file, &mut flight.operation), self.ring()) else {
             return Err(flight);
         };
@@ -373,22 +373,24 @@ fn make() -> io::Result<IoUring> {
 }
 
 /// The ring's form of an operation. A single segment goes without a list of segments that the kernel would have to read.
-fn entry(file: RawFd, operation: &mut Operation) -> Option<squeue::Entry> {
-    let file = types::Fd(file);
+fn entry(file: RingFile, operation: &mut Operation) -> Option<squeue::Entry> {
+    let waits = if file.comes_back { libc::RWF_NOWAIT } else { 0 };
+    let file = types::Fd(file.fd);
     match operation {
         Operation::Read { offset, into, medium: false } => {
             if let [one] = into.iovecs() {
                 let len = u32::try_from(one.iov_len).ok()?;
-                return Some(
-                    opcode::Read::new(file, one.iov_base.cast(), len).offset(*offset).build(),
-                );
+                let read = opcode::Read::new(file, one.iov_base.cast(), len).offset(*offset);
+                return Some(read.rw_flags(waits).build());
             }
             let segments = into.fixed_iovecs();
             let count = u32::try_from(segments.len()).ok()?;
-            Some(opcode::Readv::new(file, segments.as_ptr(), count).offset(*offset).build())
+            let read = opcode::Readv::new(file, segments.as_ptr(), count).offset(*offset);
+            Some(read.rw_flags(waits).build())
         }
         Operation::Write { offset, from, durability } => {
-            let flags = if *durability == Durability::Stable { libc::RWF_DSYNC } else { 0 };
+            let stable = if *durability == Durability::Stable { libc::RWF_DSYNC } else { 0 };
+            let flags = waits | stable;
             if let [one] = from.iovecs() {
                 let len = u32::try_from(one.iov_len).ok()?;
                 let write = opcode::Write::new(file, one.iov_base.cast(), len).offset(*offset);
