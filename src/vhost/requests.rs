@@ -386,15 +386,13 @@ impl Received {
             None => CommandResponse::new(outcome, self.data.len),
             Some(how) => CommandResponse::ended(how, self.data.len),
         };
-        let header = ring.write(&self.response, response.as_bytes());
         let data = if self.data.to_driver { outcome.transferred } else { 0 };
-        ring.push(self.head, header + data);
+        ring.answer(self.head, &self.response, response.as_bytes(), data);
     }
 }
 
 /// A request that is not one: no status, VIRTIO_SCSI_S_FAILURE.
 fn fail(ring: &mut Ring, head: u16, room: &Part, data_len: usize) {
     let response = CommandResponse::bare(Response::Failure, data_len);
-    let written = ring.write(room, response.as_bytes());
-    ring.push(head, written);
+    ring.answer(head, room, response.as_bytes(), 0);
 }

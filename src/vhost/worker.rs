@@ -10,8 +10,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::time::TimeSpec;
 
 use super::message::{Mailbox, Message};
 use super::ring::Ring;
@@ -70,7 +71,7 @@ impl Worker {
     pub(super) fn start<S: Service + Send + 'static>(
         name: String,
         ring: Ring,
-        kick: File,
+        kick: Option<File>,
         poll: Option<Duration>,
         make: impl FnOnce(Arc<EventFd>) -> S,
     ) -> io::Result<Self> {
@@ -80,7 +81,7 @@ impl Worker {
         let mailbox = Mailbox::new(sender, Arc::clone(&wake));
         let service = make(Arc::clone(&wake));
         let spin = poll.map(Spin::new);
-        let state = State { ring, service, kick: Some(kick), wake, inbox, spin };
+        let state = State { ring, service, kick, wake, inbox, spin, pause: PAUSE };
         let thread = sandbox::spawn(name, Role::Queue, move || state.run())?;
         Ok(Worker { mailbox, thread })
     }
@@ -116,6 +117,8 @@ struct State<S> {
     wake: Arc<EventFd>,
     inbox: Receiver<Message>,
     spin: Option<Spin>,
+    /// For how long it sleeps next without a kick.
+    pause: Duration,
 }
 
 impl<S: Service> State<S> {
@@ -132,6 +135,9 @@ impl<S: Service> State<S> {
                 more = self.service.requests(&mut self.ring);
             }
             let answered = self.ring.announce();
+            if answered || more {
+                self.pause = PAUSE;
+            }
             if stopping && self.service.in_flight() == 0 {
                 return self.ring.next_avail();
             }
@@ -197,6 +203,9 @@ impl<S: Service> State<S> {
 
     /// Sleeps until there is a kick, a message or a completion.
     fn wait(&mut self) {
+        if self.kick.is_none() {
+            return self.doze();
+        }
         let kick = self.kick.as_ref().map(AsRawFd::as_raw_fd);
         if self.service.sleep([Some(self.wake.as_raw_fd()), kick]).is_some() {
             // Nobody waits for these events to be readable, so that they need not be read.
@@ -214,8 +223,22 @@ impl<S: Service> State<S> {
             let _ = self.wake.read();
         }
         if kicked && !self.consume_kick() {
-            log::warn!("kick is no event; the queue is served without it");
+            log::warn!("the kick descriptor is not an eventfd; the queue is polled");
             self.kick = None;
+        }
+    }
+
+    /// Sleeps for a moment, or until there is a message or a completion: nobody says when there are requests. The moment
+    /// grows while nothing happens, so that an idle queue costs little.
+    fn doze(&mut self) {
+        self.service.hand_over();
+        let mut fds = [PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
+        match ppoll(&mut fds, Some(TimeSpec::from_duration(self.pause)), None) {
+            Ok(0) | Err(_) if self.service.in_flight() == 0 => {
+                self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+            }
+            Ok(0) | Err(_) => self.pause = PAUSE,
+            Ok(_) => drop(self.wake.read()),
         }
     }
 
@@ -227,6 +250,10 @@ impl<S: Service> State<S> {
         }
     }
 }
+
+/// The first and the longest pause between looks at a ring that is not kicked.
+const PAUSE: Duration = Duration::from_micros(50);
+const LONGEST_PAUSE: Duration = Duration::from_millis(1);
 
 /// How long a queue looks for requests before it sleeps, if nothing else was asked for: less than going to
 /// sleep and being woken takes.
