@@ -421,3 +421,53 @@ impl Complaints {
         self.unsaid = 0;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::inflight::Region;
+    use super::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const RULES: Rules = Rules { event_idx: false, framing: Framing::Any };
+
+    fn ring(memory: &Arc<GuestMemory>, region: &Region) -> Ring {
+        let layout = Layout {
+            size: 8,
+            descriptors: GuestAddress(0),
+            available: GuestAddress(0x1000),
+            used: GuestAddress(0x2000),
+        };
+        Ring::new(0, layout, RULES, Some(0), memory, None, region.queue(0, 8)).unwrap()
+    }
+
+    fn heads(ring: &mut Ring, count: usize) -> Vec<(u16, bool)> {
+        std::iter::from_fn(|| ring.pop_as(|_, _, head| Ok(head))).take(count).collect()
+    }
+
+    /// A process that ends while it does again what another has left leaves the rest of that before what is new.
+    #[test]
+    fn requests_are_replayed_in_their_order_after_any_number_of_crashes() {
+        let ranges = [(GuestAddress(0), 0x3000)];
+        let memory = Arc::new(GuestMemory::from_ranges(&ranges).unwrap());
+        let order = [5_u16, 2, 7, 0, 3];
+        for (at, head) in (0x1004..).step_by(2).zip(order) {
+            memory.write_obj(head, GuestAddress(at)).unwrap();
+        }
+        memory.write_obj(3_u16, GuestAddress(0x1002)).unwrap();
+        let file = Region::create(1, 8).unwrap();
+        let region = Region::map(file, 0, Region::len(1, 8) as u64, 1, 8).unwrap();
+        let first = [5, 2, 7].map(|head| (head, false));
+        assert_eq!(heads(&mut ring(&memory, &region), 8), first);
+        // It gets as far as the first of three, and the next as far as the second.
+        for taken in [1, 2] {
+            assert_eq!(
+                heads(&mut ring(&memory, &region), taken),
+                first.map(|(h, _)| (h, true))[..taken]
+            );
+        }
+        memory.write_obj(5_u16, GuestAddress(0x1002)).unwrap();
+        let all = [(5, true), (2, true), (7, true), (0, false), (3, false)];
+        assert_eq!(heads(&mut ring(&memory, &region), 8), all);
+        assert_eq!(heads(&mut ring(&memory, &region), 8), all.map(|(head, _)| (head, true)));
+    }
+}
