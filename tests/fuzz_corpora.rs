@@ -129,6 +129,9 @@ fn chains() {
         ("write".to_owned(), request(&[0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0], 512, 0)),
         ("inquiry".to_owned(), request(&[0x12, 0, 0, 0, 36, 0], 0, 36)),
         ("reset".to_owned(), lun_reset()),
+        ("direct_then_indirect".to_owned(), direct_then_indirect(2)),
+        ("indirect_in_itself".to_owned(), direct_then_indirect(4)),
+        ("padded_header".to_owned(), padded_header()),
     ];
     replay("chains", drivers::chains::run, &seeds);
 }
@@ -150,10 +153,7 @@ fn image(queue: u8, descriptors: &[Vec<u8>], data: &[u8]) -> Vec<u8> {
 }
 
 fn request(cdb: &[u8], out: u16, room: u16) -> Vec<u8> {
-    let mut header = vec![1, 0, 0x40, 0, 0, 0, 0, 0];
-    header.extend([0; 11]);
-    header.extend(cdb);
-    header.resize(51, 0);
+    let header = header(cdb);
     let (response, data) = (DATA + 0x100, DATA + 0x200);
     let mut chain = vec![descriptor(DATA, 51, 1, 1)];
     if out > 0 {
@@ -165,6 +165,41 @@ fn request(cdb: &[u8], out: u16, room: u16) -> Vec<u8> {
         chain.push(descriptor(data, room, 2, 0));
     }
     image(2, &chain, &header)
+}
+
+/// Where the bytes of [`header`] end and a table may be.
+const TABLE_AT: u16 = DATA + 0x80;
+
+fn header(cdb: &[u8]) -> Vec<u8> {
+    let mut header = vec![1, 0, 0x40, 0, 0, 0, 0, 0];
+    header.extend([0; 11]);
+    header.extend(cdb);
+    header.resize(51, 0);
+    header
+}
+
+/// A READ whose response and data are in a table; the table's last descriptor has these flags.
+fn direct_then_indirect(flags: u16) -> Vec<u8> {
+    let chain = [descriptor(DATA, 51, 1, 1), descriptor(TABLE_AT, 32, 4, 0)];
+    let entry = |address: u16, len: u32, flags: u16, next: u16| {
+        let address = u64::from(address).to_le_bytes();
+        [&address[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat()
+    };
+    let mut data = header(&[0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+    data.resize(usize::from(TABLE_AT - DATA), 0);
+    data.extend(entry(DATA + 0x100, 108, 3, 1));
+    data.extend(entry(DATA + 0x200, 512, flags, 0));
+    image(2, &chain, &data)
+}
+
+/// A READ of a legacy driver that rounds up the lengths of its structures.
+fn padded_header() -> Vec<u8> {
+    let chain = [
+        descriptor(DATA, 64, 1, 1),
+        descriptor(DATA + 0x100, 128, 3, 2),
+        descriptor(DATA + 0x200, 512, 2, 0),
+    ];
+    image(0x82, &chain, &header(&[0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0]))
 }
 
 fn lun_reset() -> Vec<u8> {
@@ -205,8 +240,42 @@ fn messages() {
         message(34, 0, &[]),
     ];
     let whole = ("session".to_owned(), start.concat());
+    // Up to the memory, then a ring in another order, without a kick descriptor, without its memory for a while.
+    let begin = start.get(..9).unwrap().concat();
+    let ring = word(&[0x10000, 0x11000, 0x12000, 0]);
+    let addresses = message(9, 0, &[state(2, 0), ring].concat());
+    let kick = message(12, 1 | 8, &word(&[2]));
+    let (size, base) = (message(8, 0, &state(2, 16)), message(10, 0, &state(2, 0)));
+    let enable = message(18, 0, &state(2, 1));
+    let region = word(&[0, 0, 65536, 0x10000, 0]);
+    let away = [message(38, 0, &region), message(37, 1, &region)].concat();
+    let again = message(8, 0, &state(2, 8));
+    let stop = message(11, 0, &state(2, 0));
+    let rings = [
+        (
+            "backwards",
+            [&enable, &kick, &addresses, &size, &base, &again, &stop].map(Vec::as_slice).concat(),
+        ),
+        (
+            "polled",
+            [&size, &addresses, &message(12, 0, &word(&[2 | 1 << 8])), &enable, &stop]
+                .map(Vec::as_slice)
+                .concat(),
+        ),
+        (
+            "memory_away",
+            [&size, &addresses, &kick, &enable, &away, &stop].map(Vec::as_slice).concat(),
+        ),
+        (
+            "reset_in_flight",
+            [&size, &base, &addresses, &kick, &enable, &message(34, 0, &[]), &size, &enable]
+                .map(Vec::as_slice)
+                .concat(),
+        ),
+    ];
+    let rings = rings.map(|(name, rest)| (format!("ring_{name}"), [&begin[..], &rest].concat()));
     let parts =
         start.iter().enumerate().map(|(n, bytes)| (format!("message_{n:02}"), bytes.clone()));
-    let seeds: Vec<_> = std::iter::once(whole).chain(parts).collect();
+    let seeds: Vec<_> = std::iter::once(whole).chain(rings).chain(parts).collect();
     replay("messages", drivers::messages::run, &seeds);
 }

@@ -12,7 +12,9 @@ use frontend::pattern::{assert_same, blocks};
 use frontend::protocol::{
     FLAG_VERSION, VRING_NO_FD, feature, protocol_feature, request, vring_state,
 };
-use frontend::ring::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, RawDesc};
+use frontend::ring::{
+    DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, RawDesc, RingAddresses, indirect_table,
+};
 use frontend::scsi::{REQUEST_HEADER, RESPONSE_HEADER, SENSE_OFFSET};
 use frontend::*;
 
@@ -109,7 +111,8 @@ fn offers_what_it_can_do_and_nothing_else() {
     let daemon = Daemon::with_disk(DISK, "");
     let fe = FrontEnd::connect(&daemon);
     let virtio = f::VERSION_1 | f::INDIRECT_DESC | f::EVENT_IDX | f::SCSI_HOTPLUG | f::SCSI_CHANGE;
-    assert_eq!(fe.offered_features(), virtio | f::PROTOCOL_FEATURES | f::LOG_ALL);
+    let more = f::PROTOCOL_FEATURES | f::LOG_ALL | f::ANY_LAYOUT;
+    assert_eq!(fe.offered_features(), virtio | more);
     let protocol = p::MQ | p::REPLY_ACK | p::CONFIGURE_MEM_SLOTS | p::RESET_DEVICE;
     let protocol = protocol | p::INFLIGHT_SHMFD | p::LOG_SHMFD;
     assert_eq!(fe.offered_protocol_features(), protocol);
@@ -191,6 +194,40 @@ fn malformed_messages_end_their_connection_only() {
         drop(channel);
         drop(fe);
         assert_serves(&daemon);
+    }
+}
+
+/// The log says which message was wrong, with its value and the rule.
+#[test]
+fn what_was_wrong_with_a_message_is_logged() {
+    let daemon = Daemon::with_disk(DISK, "");
+    let region =
+        |base: u64, size: u64| [0, base, size, 0x1000_0000, 0].map(u64::to_ne_bytes).concat();
+    let features = (1_u64 << 63).to_ne_bytes();
+    let inflight = frontend::protocol::inflight(0, 0, 99, 128);
+    let cases: [(u32, &[u8], bool, &str); 10] = [
+        (request::SET_VRING_NUM, &vring_state(2, 4096), false, "SET_VRING_NUM 4096 of queue 2"),
+        (request::SET_VRING_NUM, &vring_state(2, 100), false, "not a power of two up to 1024"),
+        (request::SET_VRING_BASE, &vring_state(2, 65536), false, "SET_VRING_BASE 65536 of queue 2"),
+        (request::SET_VRING_BASE, &vring_state(2, 7), false, "which has taken"),
+        (request::SET_VRING_ENABLE, &vring_state(200, 1), false, "queue 200: there are 18"),
+        (request::SET_FEATURES, &features, false, "0x8000000000000000 were not offered"),
+        (request::SET_PROTOCOL_FEATURES, &features, false, "SET_PROTOCOL_FEATURES 0x8"),
+        (request::REM_MEM_REG, &region(64 * GIB, MIB), false, "no region of 0x100000 bytes"),
+        (request::ADD_MEM_REG, &region(MIB, MIB), true, "overlaps that of 0x4000000 bytes at 0x0"),
+        (request::GET_INFLIGHT_FD, &inflight, false, "GET_INFLIGHT_FD for 99 queues"),
+    ];
+    for (number, payload, with_memory, expected) in cases {
+        let builder = FrontEnd::builder();
+        let inflight = number == request::GET_INFLIGHT_FD;
+        let fe = if inflight { builder.inflight() } else { builder }.connect(&daemon);
+        fe.ready_lun(0, 0);
+        let fds = if with_memory { vec![fe.memory().region(0).fd] } else { vec![] };
+        fe.channel().tell(number, payload, &fds);
+        fe.channel().expect_hangup();
+        eventually(&format!("{expected:?} in {}", daemon.log()), || {
+            daemon.log().contains(expected)
+        });
     }
 }
 
@@ -423,7 +460,122 @@ fn memory_comes_and_goes_while_requests_run() {
     eventually("unplugged memory to be unmapped", || daemon.mappings("guest-memory") == mapped);
 }
 
-/// The data of a command in flight stays mapped until it is there; its response is written where memory is.
+/// Places the ring of a stopped queue.
+fn move_ring(fe: &FrontEnd, queue: usize, desc: u64, avail: u64, used: u64) {
+    fe.queue(queue).ring_mut().move_to(RingAddresses { desc, avail, used });
+}
+
+/// A region that a ring lies in may go and come back: QEMU does so when it changes a region's length. Nothing is done
+/// meanwhile, and nothing of it is lost: neither a kick nor an answer.
+#[test]
+fn a_ring_waits_for_its_memory() {
+    const PLUGGED: u64 = 64 * GIB;
+    let daemon = Daemon::with_disk(DISK, "fault=read:delay-ms-100");
+    let layout = vec![RegionSpec::new(0, 8 * MIB), RegionSpec::new(PLUGGED, 4 * MIB).reserved()];
+    for (what, layout, base, in_plugged) in [
+        ("the ring alone", layout.clone(), PLUGGED, false),
+        ("the ring and its buffers", layout, PLUGGED, true),
+        ("all there is", RegionSpec::single(), 0, false),
+    ] {
+        println!("{what}");
+        let fe = FrontEnd::builder().memory(layout, MemoryMessage::Slots).connect(&daemon);
+        let at = fe.stop_queue(REQUESTS);
+        if base == PLUGGED {
+            let place = |len| fe.memory().alloc_in(PLUGGED, len, 4096, 0);
+            let [desc, avail, used] = fe.queue(REQUESTS).ring().lengths().map(place);
+            move_ring(&fe, REQUESTS, desc, avail, used);
+            fe.start_queue(REQUESTS, 0);
+        } else {
+            fe.start_queue(REQUESTS, at);
+        }
+        let lun = fe.ready_lun(0, 0);
+        let data = blocks(8, 8, 512, 3);
+        lun.write10(8, &data);
+        let shape = Shape { region: in_plugged.then_some(PLUGGED), ..Shape::default() };
+        let lun = lun.with_shape(shape);
+        for round in 0..3 {
+            let read = lun.request(cdb::read10(8, 8)).data_in(4096);
+            let wrong = lun.request(cdb::read10(u32::MAX, 1)).data_in(512);
+            let early: Vec<_> = (0..3).map(|_| lun.submit(&read)).collect();
+            fe.take_away(base);
+            let used = fe.queue(REQUESTS).ring().used_idx();
+            let late = [lun.submit(&wrong), lun.submit(&read)];
+            if round > 0 {
+                thread::sleep(A_MOMENT);
+            }
+            assert_eq!(fe.queue(REQUESTS).ring().used_idx(), used, "answered without memory");
+            fe.give_back(base);
+            for ticket in early {
+                assert_same(fe.wait(ticket).expect_good().data(), &data, "given before");
+            }
+            fe.wait(late[0]).expect_sense(scsi::sense::LBA_OUT_OF_RANGE);
+            assert_same(fe.wait(late[1]).expect_good().data(), &data, "given meanwhile");
+        }
+        // It can also be stopped while its memory is away.
+        fe.take_away(base);
+        fe.stop_queue(REQUESTS);
+        fe.give_back(base);
+    }
+}
+
+/// A ring whose memory was not told of yet starts when it is.
+#[test]
+fn a_ring_may_be_told_of_before_its_memory() {
+    let daemon = Daemon::with_disk(DISK, "");
+    let layout = RegionSpec::with_gaps();
+    let fe = FrontEnd::builder().memory(layout.clone(), MemoryMessage::Slots).connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let base = fe.stop_queue(REQUESTS);
+    layout.iter().for_each(|region| fe.take_away(region.base));
+    fe.start_queue(REQUESTS, base);
+    let ticket = lun.submit(&lun.request(cdb::test_unit_ready()));
+    layout.iter().for_each(|region| fe.give_back(region.base));
+    fe.wait(ticket).expect_good();
+}
+
+/// Each part of a ring across two, and more, regions that touch each other in the guest.
+#[test]
+fn a_ring_may_lie_across_regions() {
+    const SEAM: u64 = 80 * MIB;
+    let daemon = Daemon::with_disk(DISK, "");
+    let layout = vec![
+        RegionSpec::new(0, 8 * MIB),
+        RegionSpec::new(SEAM - 4 * MIB, 4 * MIB).at_file_offset(MIB).reserved(),
+        RegionSpec::new(SEAM, 4096).at_file_offset(4096).reserved(),
+        RegionSpec::new(SEAM + 4096, 4 * MIB).reserved(),
+    ];
+    for event_idx in [true, false] {
+        let builder = FrontEnd::builder().queue_size(512).event_idx(event_idx);
+        let fe = builder.memory(layout.clone(), MemoryMessage::Slots).connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        let old = fe.queue(REQUESTS).ring().addresses();
+        for (what, desc, avail, used) in [
+            ("the descriptors", SEAM - 4096, old.avail, old.used),
+            ("the available ring", old.desc, SEAM - 514, old.used),
+            ("the used ring", old.desc, old.avail, SEAM - 2052),
+            ("everything", SEAM - 4096, SEAM + 5000, SEAM + 4096 + 2048),
+        ] {
+            println!("{what}");
+            fe.stop_queue(REQUESTS);
+            move_ring(&fe, REQUESTS, desc, avail, used);
+            fe.start_queue(REQUESTS, 0);
+            for round in 0..40 {
+                let reads: Vec<_> =
+                    (0..120).map(|n| lun.request(cdb::read10(n % 64, 1)).data_in(512)).collect();
+                for response in fe.run_all(REQUESTS, &reads) {
+                    response.expect_good();
+                }
+                if round == 20 {
+                    fe.take_away(SEAM);
+                    fe.give_back(SEAM);
+                }
+            }
+            round_trip(&lun, 0, 64, 1);
+        }
+    }
+}
+
+/// The data of a command in flight stays mapped until it is there; its response waits until its memory is there.
 #[test]
 fn memory_can_be_removed_under_a_command() {
     const PLUGGED: u64 = 64 * GIB;
@@ -451,14 +603,24 @@ fn memory_can_be_removed_under_a_command() {
         drop(queue);
         thread::sleep(A_MOMENT);
         fe.remove_region(PLUGGED);
-        let used = fe.queue(REQUESTS).wait_raw(head);
-        let answer = fe.memory().read(stays, RESPONSE_HEADER);
+        let len = 4096 + RESPONSE_HEADER as u32;
         if response_goes {
+            // Given back without its response it would look like one that has succeeded.
+            let unmapped = || daemon.mappings("guest-memory") == mapped;
+            eventually("the end of the command and of its memory", unmapped);
+            assert_eq!(fe.queue(REQUESTS).wait_raw_for(head, A_MOMENT), None);
+            let answer = fe.memory().read(stays, RESPONSE_HEADER);
             assert!(answer.iter().all(|byte| *byte == 0xa5), "nothing is written elsewhere");
-        } else {
-            assert_eq!((answer[10], answer[11], used.len), (0, 0, 4096 + RESPONSE_HEADER as u32));
+            lun.test_unit_ready();
+            fe.add_region(&RegionSpec::new(PLUGGED, MIB).reserved());
         }
+        let used = fe.queue(REQUESTS).wait_raw(head);
+        let answer = fe.memory().read(response, RESPONSE_HEADER);
+        assert_eq!((answer[10], answer[11], used.len), (0, 0, len));
         fe.memory().free(at);
+        if response_goes {
+            fe.remove_region(PLUGGED);
+        }
         eventually("removed memory to be unmapped", || daemon.mappings("guest-memory") == mapped);
     }
     drop(fe);
@@ -514,6 +676,103 @@ fn chains_in_indirect_tables() {
             fe.run_all(REQUESTS, &reads).into_iter().flat_map(|r| r.expect_good().buffer).collect();
         assert_same(&found, &expected, "requests through indirect tables");
     }
+}
+
+/// VIRTIO 1.3, 2.7.5.3.2: descriptors may be followed by one indirect descriptor, the last of the chain.
+#[test]
+fn an_indirect_table_may_end_a_chain() {
+    const SEAM: u64 = 80 * MIB;
+    let daemon = Daemon::with_disk(DISK, "");
+    let layout = vec![
+        RegionSpec::new(0, 8 * MIB),
+        RegionSpec::new(SEAM - 4 * MIB, 4 * MIB).reserved(),
+        RegionSpec::new(SEAM, 4 * MIB).reserved(),
+    ];
+    let fe = FrontEnd::builder().memory(layout, MemoryMessage::Table).connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let data = blocks(0, 8, 512, 7);
+    lun.write10(0, &data);
+    let mem = fe.memory();
+    let header_at = mem.alloc(REQUEST_HEADER, 8, 0);
+    mem.write(header_at, &lun.request(cdb::read10(0, 8)).header());
+    let (response, len) = (mem.alloc(RESPONSE_HEADER, 8, 0), data.len() as u32);
+    let data_at = mem.alloc(data.len(), 8, 0);
+    let desc = |address, len, writable| Desc { address, len, writable };
+    let chain = [
+        desc(header_at, 20, false),
+        desc(header_at + 20, REQUEST_HEADER as u32 - 20, false),
+        desc(response, RESPONSE_HEADER as u32, true),
+        desc(data_at, 512, true),
+        desc(data_at + 512, len - 512, true),
+    ];
+    let inside = mem.alloc(16 * chain.len(), 16, 0);
+    // Also across two regions, and with more entries than the ring has left.
+    for table in [inside, SEAM - 16, SEAM - 32] {
+        for direct in 0..chain.len() {
+            mem.write(data_at, &vec![0xee; data.len()]);
+            mem.write(response, &[0xee; RESPONSE_HEADER]);
+            let (first, rest) = chain.split_at(direct);
+            mem.write(table, &indirect_table(rest));
+            let raw = |(n, d): (usize, &Desc)| RawDesc {
+                address: d.address,
+                len: d.len,
+                flags: DESC_F_NEXT | if d.writable { DESC_F_WRITE } else { 0 },
+                next: n as u16 + 1,
+            };
+            let mut descs: Vec<_> = first.iter().enumerate().map(raw).collect();
+            // 2.7.5.3.2: WRITE means nothing there.
+            let flags = DESC_F_INDIRECT | if direct % 2 == 0 { 0 } else { DESC_F_WRITE };
+            descs.push(RawDesc { address: table, len: 16 * rest.len() as u32, flags, next: 0 });
+            let mut queue = fe.queue(REQUESTS);
+            let head = queue.ring_mut().add_raw(&descs);
+            queue.publish();
+            let used = queue.wait_raw(head);
+            assert_eq!(used.len, RESPONSE_HEADER as u32 + len, "{direct} direct descriptors");
+            assert_eq!(mem.read(response, SENSE_OFFSET), [0; SENSE_OFFSET], "GOOD");
+            assert_same(&mem.read(data_at, data.len()), &data, "what was read");
+        }
+    }
+}
+
+/// A legacy driver has header and response in a descriptor each (VIRTIO 1.3 5.6.6.4), and old firmware made these longer
+/// than they must be. The data is in other descriptors.
+#[test]
+fn legacy_firmware_pads_headers() {
+    let daemon = Daemon::with_disk(DISK, "");
+    let legacy = FrontEnd::builder().feature(feature::VERSION_1, false);
+    let fe = legacy.clone().order(Order::Legacy).connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let data = blocks(0, 8, 512, 7);
+    for padding in [0_usize, 1, 13, 4096] {
+        for write in [true, false] {
+            let cdb = if write { cdb::write10(0, 8) } else { cdb::read10(0, 8) };
+            let mem = fe.memory();
+            let place = |len| mem.alloc(len, 8, 0);
+            let (header, response) = (REQUEST_HEADER + padding, RESPONSE_HEADER + padding);
+            let (header_at, response_at) = (place(header), place(response));
+            let data_at = place(data.len());
+            mem.write(header_at, &[0x77; 8192][..header]);
+            mem.write(header_at, &lun.request(cdb).header());
+            mem.write(response_at, &[0x77; 8192][..response]);
+            mem.write(data_at, &if write { data.clone() } else { vec![0xee; data.len()] });
+            let desc = |address, len: usize, writable| Desc { address, len: len as u32, writable };
+            let mut chain = vec![desc(header_at, header, false), desc(response_at, response, true)];
+            chain.insert(if write { 1 } else { 2 }, desc(data_at, data.len(), !write));
+            let mut queue = fe.queue(REQUESTS);
+            let head = queue.ring_mut().add(&chain).unwrap();
+            queue.publish();
+            queue.wait_raw(head);
+            let answer = mem.read(response_at, response);
+            let what = format!("padding {padding}, write {write}");
+            assert_eq!(answer[4..SENSE_OFFSET], [0; SENSE_OFFSET - 4], "{what}");
+            assert!(answer[RESPONSE_HEADER..].iter().all(|b| *b == 0x77), "{what}");
+            assert_same(&mem.read(data_at, data.len()), &data, &what);
+        }
+    }
+    drop(fe);
+    // With ANY_LAYOUT, or as VERSION_1 has it, what follows a header is data.
+    let fe = legacy.feature(feature::ANY_LAYOUT, true).connect(&daemon);
+    round_trip(&fe.ready_lun(0, 0).with_shape(Shape::joined()), 0, 8, 1);
 }
 
 /// VIRTIO 1.3, 2.7.4.2: the device makes no assumption about the framing of messages.
@@ -841,6 +1100,103 @@ fn requests_made_before_the_start_are_found_without_a_kick() {
     }
 }
 
+fn permutations<T: Copy>(of: &[T]) -> Vec<Vec<T>> {
+    if of.is_empty() {
+        return vec![vec![]];
+    }
+    let begin_with = |n: usize| {
+        let rest = [&of[..n], &of[n + 1..]].concat();
+        permutations(&rest).into_iter().map(move |rest| [&of[n..=n], &rest].concat())
+    };
+    (0..of.len()).flat_map(begin_with).collect()
+}
+
+/// All 720 orders, and those without SET_VRING_BASE, with requests in the ring from before and from in between; the
+/// indexes begin anywhere, as those of a ring that another process has served.
+#[test]
+fn a_ring_starts_whatever_the_order_of_its_messages() {
+    let daemon = Daemon::with_disk(DISK, "");
+    let fe = FrontEnd::builder().order(Order::Qemu7).connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let without_base: Vec<_> =
+        RingMessage::ALL.into_iter().filter(|message| *message != RingMessage::Base).collect();
+    let orders = [permutations(&RingMessage::ALL), permutations(&without_base)].concat();
+    assert_eq!(orders.len(), 720 + 120);
+    for (round, order) in orders.iter().enumerate() {
+        fe.enable_queue(REQUESTS, false);
+        fe.stop_queue(REQUESTS);
+        let base = (round * 40_503) as u16;
+        let mut queue = fe.queue(REQUESTS);
+        queue.reset();
+        queue.ring_mut().start_at(base);
+        drop(queue);
+        let ready = lun.request(cdb::test_unit_ready());
+        let mut tickets = vec![lun.submit(&ready)];
+        // Only the first kick was for a descriptor that may not have been passed on yet.
+        while fe.queue(REQUESTS).kick_fd().read().is_ok() {}
+        for (n, message) in order.iter().enumerate() {
+            fe.tell(REQUESTS, *message, base);
+            if n == round % order.len() {
+                tickets.push(lun.submit(&ready));
+            }
+        }
+        tickets.push(lun.submit(&ready));
+        for ticket in tickets {
+            fe.wait(ticket).expect_good();
+        }
+        assert_eq!(fe.stop_queue(REQUESTS), base.wrapping_add(3), "{order:?}");
+    }
+    assert!(!daemon.log().contains("broken"), "{}", daemon.log());
+}
+
+/// A ring that has taken nothing starts anew where it is told; one that has is not moved.
+#[test]
+fn a_ring_that_runs_may_be_told_another_size_or_base() {
+    let daemon = Daemon::with_disk(DISK, "");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    fe.stop_queue(REQUESTS);
+    fe.queue(REQUESTS).ring_mut().start_at(0);
+    let payload = vring_state(REQUESTS, 16);
+    fe.start_queue(REQUESTS, 0);
+    fe.set(request::SET_VRING_NUM, &payload, &[], true);
+    fe.tell(REQUESTS, RingMessage::Num, 0);
+    fe.tell(REQUESTS, RingMessage::Base, 0);
+    fe.barrier();
+    round_trip(&lun, 0, 64, 1);
+    // What it runs with already, and QEMU's SET_VRING_ADDR for the log.
+    for message in [RingMessage::Num, RingMessage::Addr] {
+        fe.tell(REQUESTS, message, 0);
+    }
+    round_trip(&lun, 0, 64, 2);
+}
+
+/// Bit 8 of the payload: no descriptor, so that the device has to look for itself.
+#[test]
+fn a_queue_without_a_kick_descriptor_is_polled() {
+    let daemon = Daemon::with_disk(DISK, "fault=read:delay-ms-20");
+    let fe = FrontEnd::builder().queues(2).connect(&daemon);
+    for queue in [0, REQUESTS, REQUESTS + 1] {
+        let base = fe.stop_queue(queue);
+        let all = [RingMessage::Call, RingMessage::Num, RingMessage::Base, RingMessage::Addr];
+        all.into_iter().for_each(|message| fe.tell(queue, message, base));
+        let payload = (queue as u64 | VRING_NO_FD).to_ne_bytes();
+        fe.set(request::SET_VRING_KICK, &payload, &[], false);
+    }
+    let lun = fe.ready_lun(0, 0);
+    for round in 0..5 {
+        round_trip(&lun, 0, 64, round);
+        round_trip(&lun.on_queue(REQUESTS + 1), 64, 64, round);
+        assert_eq!(fe.tmf(Tmf::QueryTaskSet, lun.address, 0), 0);
+        thread::sleep(Duration::from_millis(round * 5));
+    }
+    assert!(fe.queue(REQUESTS).kick_fd().read().is_ok(), "nobody reads these");
+    // And back to kicks.
+    let base = fe.stop_queue(REQUESTS);
+    fe.start_queue(REQUESTS, base);
+    round_trip(&lun, 0, 64, 9);
+}
+
 #[test]
 fn a_disabled_queue_rests() {
     let daemon = Daemon::with_disk(DISK, "");
@@ -939,6 +1295,11 @@ fn unusable_chains(header: u64, data: u64) -> Vec<(&'static str, Vec<RawDesc>)> 
         ("an indirect table of 17 bytes", vec![desc(data, 17, DESC_F_INDIRECT, 0)]),
         ("an indirect table of 4 GiB", vec![desc(data, !15, DESC_F_INDIRECT, 0)]),
         (
+            "an indirect table with a successor behind a descriptor",
+            vec![first, desc(data, 32, DESC_F_INDIRECT | DESC_F_NEXT, 2), read_only(request)],
+        ),
+        ("an indirect table in itself", vec![first, desc(header + 1024, 16, DESC_F_INDIRECT, 0)]),
+        (
             "an indirect table with a successor",
             vec![desc(data, 32, DESC_F_INDIRECT | DESC_F_NEXT, 1), read_only(request)],
         ),
@@ -952,6 +1313,8 @@ fn unusable_chains_harm_nobody() {
         let lun = fe.ready_lun(0, 0);
         let header = fe.memory().alloc(4096, 4096, 0);
         fe.memory().write(header, &lun.request(cdb::test_unit_ready()).header());
+        let itself = RawDesc { address: header + 1024, len: 16, flags: DESC_F_INDIRECT, next: 0 };
+        fe.memory().write(header + 1024, &itself.to_bytes());
         (header, fe.memory().alloc(4096, 4096, 0))
     };
     let count = unusable_chains(0, 0).len();
@@ -1052,6 +1415,7 @@ fn rings_in_bad_places_harm_nobody() {
         let good = [at.desc, at.used, at.avail].map(|address| fe.memory().user_address(address));
         let [desc, used, avail] = place(good, far);
         let payload = frontend::protocol::vring_address(REQUESTS, desc, used, avail);
+        fe.tell(REQUESTS, RingMessage::Num, 0);
         let channel = fe.channel();
         let number = request::SET_VRING_ADDR;
         let _ = channel.send_message(number, FLAG_VERSION, payload.len() as u32, &payload, &[]);

@@ -22,10 +22,16 @@ const KICK_EVENT: u64 = USED + 4 + 8 * SIZE as u64;
 
 thread_local! {
     static SESSION: Session = Session::new(MEMORY);
+    static LEGACY: Session = Session::legacy(MEMORY);
 }
 
+/// In the first byte: by a legacy driver.
+const OF_LEGACY: u8 = 0x80;
+
 pub fn run(bytes: &[u8]) {
-    SESSION.with(|session| one(session, &mut Input::new(bytes)));
+    let legacy = bytes.first().is_some_and(|byte| byte & OF_LEGACY != 0);
+    let session = if legacy { &LEGACY } else { &SESSION };
+    session.with(|session| one(session, &mut Input::new(bytes)));
 }
 
 fn one(session: &Session, input: &mut Input<'_>) {

@@ -63,14 +63,23 @@ const VERSION: u32 = 1;
 const USER: u64 = 0x1000_0000;
 
 impl Session {
-    /// Negotiated, with `size` bytes of guest memory from address 0 on.
+    /// Negotiated as by a driver of today, with `size` bytes of guest memory from address 0 on.
     pub fn new(size: u64) -> Self {
+        Self::with_features(size, 1 << 32)
+    }
+
+    /// The same as by a legacy driver.
+    pub fn legacy(size: u64) -> Self {
+        Self::with_features(size, 0)
+    }
+
+    fn with_features(size: u64, version: u64) -> Self {
         let (stream, other) = UnixStream::pair().expect("sockets");
         let device = device();
         let served = Some(std::thread::spawn(move || device.serve(thinlun::scsi::Port(1), other)));
         let session = Session { stream, served, memory: memfd(size) };
         session.tell(3, &[], &[]);
-        let features: u64 = 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32;
+        let features: u64 = 1 << 28 | 1 << 29 | 1 << 30 | version;
         session.tell(2, &features.to_ne_bytes(), &[]);
         session.tell(16, &1u64.to_ne_bytes(), &[]);
         let table = [

@@ -79,7 +79,9 @@ fn without_disk(target: &Target, number: u8, request: &Request, missing: Missing
 /// protection.
 fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command, ScsiError> {
     let command = cmd::find_on(lun, &request.cdb);
-    let exempt = command.as_ref().is_ok_and(|c| c.exempt_from_attention);
+    // A condition that arose with the restart is for commands that were given after it: one that was given before was
+    // in the task set before the condition was established (SAM-6 5.14), and firmware does not repeat it.
+    let exempt = request.again || command.as_ref().is_ok_and(|c| c.exempt_from_attention);
     if !exempt && let Some(attention) = nexus.attentions(lun.index()).take() {
         return Err(ScsiError::Check(attention.sense()));
     }

@@ -5,8 +5,14 @@
 //! would not wait for requests in flight, and the in-flight region could not be offered.
 //!
 //! A ring runs when it has everything it needs and stops when something is taken away; the order in
-//! which a front end sends the messages does not matter.
+//! which a front end sends the messages does not matter. It needs memory, and SET_VRING_NUM, SET_VRING_ADDR,
+//! SET_VRING_KICK and, where protocol features were negotiated, SET_VRING_ENABLE. All but the last have to be told anew
+//! after GET_VRING_BASE, which ends a life of the ring: what was told before it may be about memory that the guest uses
+//! otherwise now. SET_VRING_BASE may come at any place among them or not at all. Without it a ring goes on where its used
+//! index says that requests are not answered, which is what front ends tell. Told something else than it runs with, a
+//! ring starts anew with that if it has not taken anything; else it is too late, and an error.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -23,11 +29,12 @@ use zerocopy::IntoBytes;
 
 use super::dirty_log::DirtyLog;
 use super::events::EventQueue;
+use super::guest_buf::Framing;
 use super::inflight;
 use super::memory::{GuestMemory, MAX_SLOTS, Regions};
 use super::message::{Event, Mailbox, Message, Queues};
 use super::requests::RequestQueue;
-use super::ring::{MAX_QUEUE_SIZE, Ring};
+use super::ring::{MAX_QUEUE_SIZE, Ring, Rules};
 use super::split_ring::Layout;
 use super::tmf::ControlQueue;
 use super::wire::Config;
@@ -44,6 +51,8 @@ mod feature {
     pub(super) const CHANGE: u64 = 1 << 2;
     /// VHOST_F_LOG_ALL.
     pub(super) const LOG_ALL: u64 = 1 << 26;
+    /// Of legacy drivers: QEMU offers it whatever we do, and passes it on when it was accepted.
+    pub(super) const ANY_LAYOUT: u64 = 1 << 27;
     pub(super) const INDIRECT_DESC: u64 = 1 << 28;
     pub(super) const EVENT_IDX: u64 = 1 << 29;
     pub(super) const VERSION_1: u64 = 1 << 32;
@@ -53,22 +62,43 @@ mod feature {
 const FEATURES: u64 = feature::HOTPLUG
     | feature::CHANGE
     | feature::LOG_ALL
+    | feature::ANY_LAYOUT
     | feature::INDIRECT_DESC
     | feature::EVENT_IDX
     | feature::VERSION_1
     | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
+/// How a ring is notified of requests.
+enum Kick {
+    /// By an event.
+    Event(File),
+    /// Not at all: it has to look.
+    Poll,
+}
+
+impl Kick {
+    fn try_clone(&self) -> io::Result<Option<File>> {
+        match self {
+            Kick::Event(event) => event.try_clone().map(Some),
+            Kick::Poll => Ok(None),
+        }
+    }
+}
+
 /// What a front end has told about a ring, and its thread while it runs.
 #[derive(Default)]
 struct RingState {
-    size: u16,
+    size: Option<u16>,
     /// Descriptor table, available ring, used ring: front end addresses.
     addresses: Option<[u64; 3]>,
-    next_avail: u16,
-    kick: Option<File>,
+    /// Where the next request is, if that was told or the ring has run.
+    base: Option<u16>,
+    kick: Option<Kick>,
     call: Option<File>,
     enabled: bool,
     worker: Option<Worker>,
+    /// Where it started, while it runs.
+    started_at: u16,
 }
 
 /// One front end's connection.
@@ -78,7 +108,7 @@ pub(super) struct Connection {
     features: u64,
     protocol_features: u64,
     regions: Regions,
-    memory: Option<Arc<GuestMemory>>,
+    memory: Arc<GuestMemory>,
     /// Where requests in flight are noted.
     inflight: Option<inflight::Region>,
     /// Where written memory is noted, while LOG_ALL is there.
@@ -98,7 +128,7 @@ impl Connection {
             features: 0,
             protocol_features: 0,
             regions: Regions::default(),
-            memory: None,
+            memory: Arc::default(),
             inflight: None,
             log: None,
             rings: (0..queues).map(|_| RingState::default()).collect(),
@@ -126,8 +156,11 @@ impl Connection {
     }
 
     fn ring(&mut self, index: impl TryInto<usize>) -> Result<(usize, &mut RingState)> {
-        let index = index.try_into().map_err(|_| Error::InvalidParam)?;
-        let ring = self.rings.get_mut(index).ok_or(Error::InvalidParam)?;
+        let queues = self.rings.len();
+        let index = index.try_into().unwrap_or(usize::MAX);
+        let ring = self.rings.get_mut(index).ok_or_else(|| {
+            wrong(format_args!("a message about queue {index}: there are {queues}, from 0 on"))
+        })?;
         Ok((index, ring))
     }
 
@@ -136,43 +169,40 @@ impl Connection {
         let Some(ring) = self.rings.get_mut(index) else { return };
         let Some(worker) = ring.worker.take() else { return };
         if let Some(ended) = worker.join() {
-            ring.next_avail = ended.next_avail;
+            ring.base = Some(ended.next_avail);
             self.queues.stop(index, ended.unheard, &ended.inbox);
         }
-    }
-
-    /// What the front end says of a ring that does not run yet.
-    fn tell(&mut self, index: impl TryInto<usize>) -> Result<(usize, &mut RingState)> {
-        let (index, _) = self.ring(index)?;
-        self.queues.told(index);
-        self.ring(index)
     }
 
     /// Starts a ring that has everything it needs.
     fn start_if_ready(&mut self, index: usize) -> Result<()> {
         let Some(ring) = self.rings.get(index) else { return Ok(()) };
-        let (Some(memory), Some(addresses), Some(kick), None, true) =
-            (&self.memory, ring.addresses, &ring.kick, &ring.worker, ring.enabled)
-        else {
-            return Ok(());
-        };
-        let layout = self.layout(ring, addresses)?;
+        let told = (ring.size, ring.addresses, &ring.kick, &ring.worker, ring.enabled);
+        let (Some(size), Some(addresses), Some(kick), None, true) = told else { return Ok(()) };
+        let Some(layout) = self.layout(index, size, addresses) else { return Ok(()) };
         let kick = kick.try_clone().map_err(refused)?;
         let call = ring.call.as_ref().map(File::try_clone).transpose().map_err(refused)?;
-        let event_idx = self.features & feature::EVENT_IDX != 0;
-        let inflight = self.inflight.as_ref().and_then(|region| region.queue(index, ring.size));
-        let new = Ring::new(index, layout, event_idx, ring.next_avail, memory, call, inflight);
-        let mut new = new.ok_or(Error::InvalidParam)?;
+        let inflight = self.inflight.as_ref().and_then(|region| region.queue(index, size));
+        let rules = self.rules();
+        let new = Ring::new(index, layout, rules, ring.base, &self.memory, call, inflight);
+        let Some(mut new) = new else {
+            log::warn!(
+                "queue {index} waits: not all of it lies in guest memory, aligned: {layout:x?}"
+            );
+            return Ok(());
+        };
+        let started_at = new.next_avail();
         new.set_log(self.log_in_use());
         let worker = self.start_worker(index, new, kick).map_err(refused)?;
         if let Some(ring) = self.rings.get_mut(index) {
             ring.worker = Some(worker);
+            ring.started_at = started_at;
         }
         Ok(())
     }
 
     /// Starts the thread of a ring.
-    fn start_worker(&self, index: usize, ring: Ring, kick: File) -> io::Result<Worker> {
+    fn start_worker(&self, index: usize, ring: Ring, kick: Option<File>) -> io::Result<Worker> {
         let Device { target, offer, connections, watchdog } = self.device.as_ref();
         let host = Host { target: Arc::clone(target), watchdog: watchdog.clone() };
         let (target, nexus) = (Arc::clone(target), Arc::clone(&self.nexus));
@@ -203,28 +233,60 @@ impl Connection {
         })
     }
 
-    /// Where a ring lies in the guest.
-    fn layout(&self, ring: &RingState, [descriptors, available, used]: [u64; 3]) -> Result<Layout> {
-        let translate = |user| self.regions.guest_address(user).ok_or(Error::InvalidParam);
-        Ok(Layout {
-            size: ring.size,
+    /// Tells a ring something. If it runs it starts anew with it.
+    ///
+    /// # Errors
+    /// If it has taken requests.
+    fn tell(&mut self, index: usize, what: &str, tell: impl FnOnce(&mut RingState)) -> Result<()> {
+        let (_, ring) = self.ring(index)?;
+        let started_at = ring.worker.as_ref().map(|_| ring.started_at);
+        self.stop(index);
+        let (_, ring) = self.ring(index)?;
+        if let (Some(start), Some(end)) = (started_at, ring.base)
+            && start != end
+        {
+            let taken = end.wrapping_sub(start);
+            return Err(wrong(format_args!(
+                "{what} of queue {index}, which has taken {taken} requests: stop it first"
+            )));
+        }
+        tell(ring);
+        self.queues.told(index);
+        self.start_if_ready(index)
+    }
+
+    /// What was negotiated about rings.
+    fn rules(&self) -> Rules {
+        let has = |feature| self.features & feature != 0;
+        let any = has(feature::VERSION_1) || has(feature::ANY_LAYOUT);
+        let framing = if any { Framing::Any } else { Framing::Legacy };
+        Rules { event_idx: has(feature::EVENT_IDX), framing }
+    }
+
+    /// Where a ring lies in the guest; `None` while that is not known.
+    fn layout(&self, index: usize, size: u16, addresses: [u64; 3]) -> Option<Layout> {
+        let translate = |user| {
+            let guest = self.regions.guest_address(user);
+            if guest.is_none() && !self.regions.is_empty() {
+                log::warn!("queue {index} waits: SET_VRING_ADDR {user:#x} is in no memory region");
+            }
+            guest
+        };
+        let [descriptors, available, used] = addresses;
+        Some(Layout {
+            size,
             descriptors: translate(descriptors)?,
             available: translate(available)?,
             used: translate(used)?,
         })
     }
 
-    /// Takes over a changed set of regions.
+    /// Takes over a changed set of regions. Rings that lose their memory wait for it.
     fn use_regions(&mut self) -> Result<()> {
         self.memory = self.regions.memory();
-        let Some(memory) = self.memory.clone() else {
-            // All memory is gone: no ring can go on.
-            self.stop_all(false);
-            return Ok(());
-        };
         for index in 0..self.rings.len() {
             match self.rings.get(index).and_then(|r| r.worker.as_ref()) {
-                Some(worker) => worker.mailbox().set_memory(&memory),
+                Some(worker) => worker.mailbox().set_memory(&self.memory),
                 None => self.start_if_ready(index)?,
             }
         }
@@ -278,6 +340,11 @@ pub(super) fn send_event(queues: &Queues, event: Event) {
     queues.send(EVENT_QUEUE, Message::Event(event));
 }
 
+/// A message that breaks a rule: which one, and what is wrong with it. The connection ends with that.
+fn wrong(what: impl Display) -> Error {
+    refused(io::Error::other(what.to_string()))
+}
+
 /// A message whose feature we do not offer.
 fn not_offered<T>() -> Result<T> {
     Err(Error::InvalidOperation("not offered"))
@@ -300,6 +367,9 @@ impl VhostUserBackendReqHandlerMut for Connection {
             *ring = RingState::default();
             self.queues.forget(index);
         }
+        if let Some(inflight) = &self.inflight {
+            inflight.clear();
+        }
         self.features = 0;
         self.device.target.power_on(&self.nexus);
         Ok(())
@@ -311,11 +381,10 @@ impl VhostUserBackendReqHandlerMut for Connection {
 
     fn set_features(&mut self, features: u64) -> Result<()> {
         if features & !FEATURES != 0 {
-            log::warn!(
-                "front end wants features that are not offered: {:#x}",
+            return Err(wrong(format_args!(
+                "SET_FEATURES {features:#x}: {:#x} were not offered",
                 features & !FEATURES
-            );
-            return Err(Error::InvalidParam);
+            )));
         }
         self.features = features;
         self.tell_log();
@@ -365,9 +434,17 @@ impl VhostUserBackendReqHandlerMut for Connection {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let (index, ring) = self.ring(index)?;
         let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= MAX_QUEUE_SIZE);
-        self.tell(index)?.1.size = size.ok_or(Error::InvalidParam)?;
-        Ok(())
+        let Some(size) = size else {
+            return Err(wrong(format_args!(
+                "SET_VRING_NUM {num} of queue {index}: not a power of two up to {MAX_QUEUE_SIZE}"
+            )));
+        };
+        if ring.size == Some(size) {
+            return Ok(());
+        }
+        self.tell(index, "SET_VRING_NUM", |ring| ring.size = Some(size))
     }
 
     fn set_vring_addr(
@@ -379,18 +456,28 @@ impl VhostUserBackendReqHandlerMut for Connection {
         available: u64,
         _: u64,
     ) -> Result<()> {
-        let (index, ring) = self.tell(index)?;
-        ring.addresses = Some([descriptor, available, used]);
-        self.start_if_ready(index)
+        let (index, ring) = self.ring(index)?;
+        let addresses = Some([descriptor, available, used]);
+        if ring.addresses == addresses {
+            // QEMU tells them again when it begins or ends to log.
+            return Ok(());
+        }
+        self.tell(index, "SET_VRING_ADDR", |ring| ring.addresses = addresses)
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        let (_, ring) = self.tell(index)?;
-        if ring.worker.is_some() {
-            return Err(Error::InvalidOperation("SET_VRING_BASE on a running ring"));
+        let inflight = self.inflight.is_some();
+        let (index, ring) = self.ring(index)?;
+        let Ok(base) = u16::try_from(base) else {
+            return Err(wrong(format_args!(
+                "SET_VRING_BASE {base} of queue {index}: an index of a split ring has 16 bits"
+            )));
+        };
+        // The in-flight region knows better.
+        if ring.worker.is_some() && (ring.started_at == base || inflight) {
+            return Ok(());
         }
-        ring.next_avail = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
-        Ok(())
+        self.tell(index, "SET_VRING_BASE", |ring| ring.base = Some(base))
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
@@ -398,17 +485,18 @@ impl VhostUserBackendReqHandlerMut for Connection {
         self.stop(at);
         self.queues.forget(at);
         let (_, ring) = self.ring(index)?;
-        ring.kick = None;
-        ring.call = None;
-        Ok(VhostUserVringState::new(index, ring.next_avail.into()))
+        let base = ring.base.unwrap_or(0);
+        *ring = RingState { enabled: ring.enabled, ..RingState::default() };
+        Ok(VhostUserVringState::new(index, base.into()))
     }
 
+    /// Without a descriptor (bit 8 of the payload) the ring is polled.
     fn set_vring_kick(&mut self, index: u8, kick: Option<File>) -> Result<()> {
-        let (at, _) = self.tell(index)?;
+        let (at, _) = self.ring(index)?;
         self.stop(at);
+        self.queues.told(at);
         let (_, ring) = self.ring(index)?;
-        // Without a descriptor the front end would have us poll the ring; no known one does.
-        ring.kick = Some(kick.ok_or(Error::InvalidOperation("a ring needs a kick event"))?);
+        ring.kick = Some(kick.map_or(Kick::Poll, Kick::Event));
         self.start_if_ready(at)
     }
 
@@ -442,7 +530,10 @@ impl VhostUserBackendReqHandlerMut for Connection {
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
         let offered = self.get_protocol_features()?.bits();
         if features & !offered != 0 {
-            return Err(Error::InvalidParam);
+            return Err(wrong(format_args!(
+                "SET_PROTOCOL_FEATURES {features:#x}: {:#x} were not offered",
+                features & !offered
+            )));
         }
         self.protocol_features = features;
         Ok(())
@@ -490,7 +581,10 @@ impl VhostUserBackendReqHandlerMut for Connection {
     fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         let (queues, size) = (usize::from(asked.num_queues), asked.queue_size);
         if queues > self.rings.len() || size > MAX_QUEUE_SIZE {
-            return Err(Error::InvalidParam);
+            return Err(wrong(format_args!(
+                "GET_INFLIGHT_FD for {queues} queues of {size}: there are {} of up to {MAX_QUEUE_SIZE}",
+                self.rings.len()
+            )));
         }
         let file = inflight::Region::create(queues, size).map_err(refused)?;
         let len = inflight::Region::len(queues, size) as u64;

@@ -86,6 +86,17 @@ pub(super) struct Chains {
     near: Near,
     /// A copy of the indirect table that is looked at, if that lies across regions.
     copied: Vec<u8>,
+    framing: Framing,
+}
+
+/// What a driver may make of descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Framing {
+    /// Any bytes in any descriptor (VIRTIO 1.3 2.7.4.1).
+    Any,
+    /// Header and response in a descriptor each, and data in others: a legacy driver without ANY_LAYOUT (VIRTIO 1.3
+    /// 5.6.6.4). Old firmware makes these descriptors longer than what is in them.
+    Legacy,
 }
 
 /// A region of guest memory, by guest addresses, and where it is mapped.
@@ -100,13 +111,19 @@ unsafe impl Send for Near {}
 
 impl Chains {
     /// Chains in this memory.
-    pub(super) fn new(memory: &Arc<GuestMemory>) -> Self {
+    pub(super) fn new(memory: &Arc<GuestMemory>, framing: Framing) -> Self {
         Chains {
             memory: Arc::clone(memory),
             owner: Arc::new(Arc::clone(memory)),
             near: Near { start: 0, end: 0, host: std::ptr::null_mut() },
             copied: Vec::new(),
+            framing,
         }
+    }
+
+    /// Looks from now on in other memory.
+    pub(super) fn set_memory(&mut self, memory: &Arc<GuestMemory>) {
+        *self = Chains::new(memory, self.framing);
     }
 
     /// The chain that begins at descriptor `head`.
@@ -170,8 +187,12 @@ impl Chains {
         data: &mut Buffers,
     ) -> Option<()> {
         let taken = wanted.missing.min(len as usize);
-        let rest = len as usize - taken;
+        let mut rest = len as usize - taken;
         if taken > 0 {
+            if rest > 0 && self.framing == Framing::Legacy && matches!(wanted.part, Part::Nothing) {
+                // All of it, and padding.
+                rest = 0;
+            }
             wanted.missing -= taken;
             let whole = wanted.missing == 0 && matches!(wanted.part, Part::Nothing);
             match self.host(address, taken as u64).filter(|_| whole) {
@@ -217,7 +238,7 @@ impl Chains {
     }
 
     /// Copies into a part; returns the number of bytes. In one piece it is written to where the driver's memory is
-    /// now: should that no longer be there, nobody looks at it either.
+    /// now: nothing is written while that is away.
     #[inline]
     pub(super) fn write(&mut self, part: &Part, from: &[u8]) -> usize {
         match part {
@@ -257,22 +278,29 @@ impl Chains {
     ) -> Result<(), &'static str> {
         let mut table = ring.descriptors();
         let mut descriptor = table.get(head).ok_or("no such descriptor")?;
-        if descriptor.is_indirect() {
-            table = self.indirect(&descriptor)?;
-            descriptor = table.get(0).ok_or("empty indirect table")?;
-        }
-        for _ in 0..table.len() {
+        let mut left = table.len();
+        let mut indirect = false;
+        loop {
             if descriptor.is_indirect() {
-                // VIRTIO 1.3 2.7.5.3.1: neither in an indirect table nor behind other descriptors.
-                return Err("misplaced indirect descriptor");
+                // VIRTIO 1.3 2.7.5.3.2: by itself, or behind others as the last.
+                if std::mem::replace(&mut indirect, true) {
+                    return Err("indirect descriptor in an indirect table");
+                }
+                table = self.indirect(&descriptor)?;
+                left = table.len();
+                descriptor = table.get(0).ok_or("empty indirect table")?;
+                continue;
             }
             each(self, &descriptor)?;
             if !descriptor.has_next() {
                 return Ok(());
             }
+            left -= 1;
+            if left == 0 {
+                return Err("chain without an end");
+            }
             descriptor = table.get(descriptor.next).ok_or("descriptor outside its table")?;
         }
-        Err("chain without an end")
     }
 
     /// The table that a descriptor refers to: where it lies, or a copy if it lies in several places. It is there until

@@ -88,11 +88,19 @@ impl Region {
     pub(super) fn queue(&self, index: usize, size: u16) -> Option<Inflight> {
         (index < self.queues && size <= self.queue_size).then(|| Inflight {
             memory: Arc::clone(&self.memory),
+            queue: index,
             start: index * Self::stride(self.queue_size),
             size: self.queue_size,
             counter: 0,
             batch: Vec::new(),
         })
+    }
+
+    /// Forgets all requests: the driver that gave them has reset the device.
+    pub(super) fn clear(&self) {
+        for queue in (0..self.queues).filter_map(|index| self.queue(index, self.queue_size)) {
+            queue.set_header(header::VERSION, 0);
+        }
     }
 }
 
@@ -100,6 +108,7 @@ impl Region {
 #[derive(Debug)]
 pub(super) struct Inflight {
     memory: Arc<MmapRegion<()>>,
+    queue: usize,
     start: usize,
     size: u16,
     /// Orders the requests.
@@ -109,36 +118,72 @@ pub(super) struct Inflight {
 }
 
 impl Inflight {
-    /// What was left in flight, oldest first; `None` if nobody has served the queue before. `used` is the used ring's index.
-    pub(super) fn recover(&mut self, used: u16) -> Option<Vec<u16>> {
+    /// What was left in flight, oldest first; `None` if nobody has served this ring before. `used` is the used ring's
+    /// index, and `available` the heads that were made available since the entry of that index, oldest first.
+    ///
+    /// The memory may outlive the ring: a guest that was reset while no process served it has made a new ring, and what
+    /// its last life left is not to be done in this one (VIRTIO 1.3 2.4.2: a reset device processes no buffers). A
+    /// ring is another one if its index is not where it was left, or if fewer requests are outstanding than are noted.
+    pub(super) fn recover(&mut self, used: u16, available: &[u16]) -> Option<Vec<u16>> {
         if self.header(header::VERSION) != Some(VERSION)
             || self.header(header::DESC_NUM) != Some(self.size)
         {
             self.begin(used);
             return None;
         }
-        self.end_last_batch(used);
+        let noted = self.header(header::USED_IDX).unwrap_or(used);
+        let near = used.wrapping_sub(noted) <= self.size;
+        if near {
+            self.end_last_batch(noted, used);
+        }
         let mut left: Vec<(u64, u16)> = (0..self.size)
             .filter(|head| self.is_in_flight(*head))
             .map(|head| (self.load::<AtomicU64>(head, state::COUNTER).unwrap_or(0), head))
             .collect();
         left.sort_unstable();
-        self.counter = left.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
+        if !near || left.len() > available.len() || self.is_of_another_start(used, &left, available)
+        {
+            log::info!(
+                "queue {}: {} requests in flight are of an earlier life of the guest and are dropped",
+                self.queue,
+                left.len()
+            );
+            self.begin(used);
+            return None;
+        }
+        // Their numbers begin at zero again, so that they never wrap. Each is at least its rank, so that the order is the
+        // same after every step, should this process end here.
+        self.counter = 0;
+        for (_, head) in &left {
+            self.store::<AtomicU64>(*head, state::COUNTER, self.counter);
+            self.counter += 1;
+        }
+        self.set_header(header::USED_IDX, used);
         Some(left.into_iter().map(|(_, head)| head).collect())
     }
 
+    /// Nothing was ever answered, so that what was taken are the first entries of the available ring; and it is not.
+    fn is_of_another_start(&self, used: u16, left: &[(u64, u16)], available: &[u16]) -> bool {
+        let first = (0..).zip(left).all(|(rank, (counter, _))| *counter == rank);
+        let same = left.iter().zip(available).all(|((_, head), given)| head == given);
+        used == 0 && self.header(header::USED_IDX) == Some(0) && first && !same
+    }
+
     /// Fresh memory.
-    fn begin(&self, used: u16) {
+    fn begin(&mut self, used: u16) {
+        self.counter = 0;
+        self.set_header(header::VERSION, 0);
+        compiler_fence(Ordering::SeqCst);
         (0..self.size).for_each(|head| self.set_in_flight(head, false));
         self.set_header(header::DESC_NUM, self.size);
         self.set_header(header::USED_IDX, used);
+        compiler_fence(Ordering::SeqCst);
         self.set_header(header::VERSION, VERSION);
     }
 
     /// The index in the used ring moved, and the process ended before it had noted what that was for: those
     /// chains were answered.
-    fn end_last_batch(&self, used: u16) {
-        let noted = self.header(header::USED_IDX).unwrap_or(used);
+    fn end_last_batch(&self, noted: u16, used: u16) {
         let mut head = self.header(header::LAST_BATCH_HEAD).unwrap_or(0);
         for _ in 0..used.wrapping_sub(noted).min(self.size) {
             if head >= self.size {
@@ -147,10 +192,9 @@ impl Inflight {
             self.set_in_flight(head, false);
             head = self.load::<AtomicU16>(head, state::NEXT).unwrap_or(self.size);
         }
-        self.set_header(header::USED_IDX, used);
     }
 
-    /// A request was taken from the available ring.
+    /// A request was taken from the available ring. One that was left in flight is noted already, and keeps its place.
     pub(super) fn take(&mut self, head: u16) {
         self.store::<AtomicU64>(head, state::COUNTER, self.counter);
         self.counter = self.counter.wrapping_add(1);
@@ -227,29 +271,51 @@ mod tests {
         Region::map(file, 0, size, 3, 8).unwrap()
     }
 
+    /// As many requests as anything can be in flight.
+    const ALL: [u16; 8] = [0; 8];
+
     #[test]
     fn what_was_not_answered_is_left_in_its_order() {
         let region = region();
         let mut queue = region.queue(1, 8).unwrap();
-        assert_eq!(queue.recover(0), None);
+        assert_eq!(queue.recover(0, &[]), None);
         [5, 2, 7, 1].into_iter().for_each(|head| queue.take(head));
         queue.give(2);
         queue.give(1);
         queue.shown(2);
         drop(queue);
         let mut next = region.queue(1, 8).unwrap();
-        assert_eq!(next.recover(2), Some(vec![5, 7]));
-        next.take(5);
-        next.take(7);
+        assert_eq!(next.recover(2, &ALL), Some(vec![5, 7]));
         next.take(0);
-        assert_eq!(region.queue(1, 8).unwrap().recover(2), Some(vec![5, 7, 0]));
-        assert_eq!(region.queue(0, 8).unwrap().recover(0), None, "another queue");
+        assert_eq!(region.queue(1, 8).unwrap().recover(2, &ALL), Some(vec![5, 7, 0]));
+        assert_eq!(region.queue(0, 8).unwrap().recover(0, &ALL), None, "another queue");
+    }
+
+    /// What is done again keeps its place before what is taken later, in any number of lives and at the end of the
+    /// numbers.
+    #[test]
+    fn the_order_survives_several_crashes() {
+        let region = region();
+        let mut queue = region.queue(0, 8).unwrap();
+        queue.recover(100, &[]);
+        queue.counter = u64::MAX - 1;
+        [6, 3].into_iter().for_each(|head| queue.take(head));
+        for (taken, order) in [(5, &[6, 3][..]), (0, &[6, 3, 5]), (4, &[6, 3, 5, 0])] {
+            let mut next = region.queue(0, 8).unwrap();
+            assert_eq!(next.recover(100, &ALL).as_deref(), Some(order));
+            next.take(taken);
+        }
+        let mut queue = region.queue(0, 8).unwrap();
+        queue.recover(100, &ALL);
+        queue.give(3);
+        queue.shown(101);
+        assert_eq!(region.queue(0, 8).unwrap().recover(101, &ALL), Some(vec![6, 5, 0, 4]));
     }
 
     #[test]
     fn an_end_at_any_step_loses_and_repeats_nothing() {
         let taken = |queue: &mut Inflight| {
-            queue.recover(65534);
+            queue.recover(65534, &[]);
             [0, 1, 2, 3].into_iter().for_each(|head| queue.take(head));
             queue.give(3);
             queue.give(0);
@@ -258,31 +324,62 @@ mod tests {
         let region = region();
         let mut queue = region.queue(0, 8).unwrap();
         taken(&mut queue);
-        assert_eq!(region.queue(0, 8).unwrap().recover(65534), Some(vec![0, 1, 2, 3]));
+        assert_eq!(region.queue(0, 8).unwrap().recover(65534, &ALL), Some(vec![0, 1, 2, 3]));
         // After it, before that was noted: both were, over the end of the index's numbers.
         let region = super::tests::region();
         let mut queue = region.queue(0, 8).unwrap();
         taken(&mut queue);
-        assert_eq!(region.queue(0, 8).unwrap().recover(0), Some(vec![1, 2]));
+        assert_eq!(region.queue(0, 8).unwrap().recover(0, &ALL), Some(vec![1, 2]));
         // Halfway through the note.
         let region = super::tests::region();
         let mut queue = region.queue(0, 8).unwrap();
         taken(&mut queue);
         queue.set_in_flight(3, false);
-        assert_eq!(region.queue(0, 8).unwrap().recover(0), Some(vec![1, 2]));
+        assert_eq!(region.queue(0, 8).unwrap().recover(0, &ALL), Some(vec![1, 2]));
+    }
+
+    #[test]
+    fn what_an_earlier_life_of_the_guest_left_is_forgotten() {
+        let taken = |used: u16, heads: &[u16]| {
+            let region = region();
+            let mut queue = region.queue(0, 8).unwrap();
+            queue.recover(used, &[]);
+            heads.iter().for_each(|head| queue.take(*head));
+            (region.queue(0, 8).unwrap(), region)
+        };
+        let cases: [(&str, u16, u16, &[u16], bool); 7] = [
+            ("the same ring", 100, 100, &[2, 1], true),
+            ("the same ring, with more", 100, 100, &[2, 1, 5], true),
+            ("a new ring, empty", 0, 0, &[], false),
+            ("a new ring with as much in it", 100, 0, &[2, 1], false),
+            ("a new ring with less in it", 65535, 0, &[2], false),
+            ("an old ring that was never answered", 0, 0, &[2, 1, 5], true),
+            ("a new ring where an old one was never answered", 0, 0, &[1, 2, 5], false),
+        ];
+        for (what, before, now, available, same) in cases {
+            let (mut next, region) = taken(before, &[2, 1]);
+            let expected = same.then(|| vec![2, 1]);
+            assert_eq!(next.recover(now, available), expected, "{what}");
+            // Whatever it was, it is this ring's now.
+            let again = region.queue(0, 8).unwrap().recover(now, available);
+            assert_eq!(again, Some(expected.unwrap_or_default()), "{what}");
+        }
+        let (mut next, region) = taken(100, &[2, 1]);
+        region.clear();
+        assert_eq!(next.recover(100, &ALL), None, "after a reset of the device");
     }
 
     #[test]
     fn nonsense_in_the_memory_is_survived() {
         let region = region();
         let mut queue = region.queue(2, 8).unwrap();
-        queue.recover(0);
+        queue.recover(0, &[]);
         for offset in 0..Region::stride(8) {
             queue.at::<AtomicU8>(offset).unwrap().store(0xff, Ordering::Relaxed);
         }
         queue.set_header(header::VERSION, VERSION);
         queue.set_header(header::DESC_NUM, 8);
-        assert_eq!(region.queue(2, 8).unwrap().recover(7), Some(vec![]));
+        assert_eq!(region.queue(2, 8).unwrap().recover(6, &ALL), Some(vec![]));
         queue.take(9);
         queue.take(65535);
         queue.give(65535);

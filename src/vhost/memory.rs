@@ -49,13 +49,23 @@ impl Regions {
     /// # Errors
     /// If it cannot be mapped, overlaps another, or there are too many.
     pub(super) fn add(&mut self, region: &VhostUserMemoryRegion, file: File) -> io::Result<()> {
+        let (start, size) = (region.guest_phys_addr, region.memory_size);
+        let wrong = |what: &str| {
+            io::Error::other(format!("memory region of {size:#x} bytes at {start:#x}: {what}"))
+        };
         if self.regions.len() as u64 >= MAX_SLOTS {
-            return Err(io::Error::other("too many memory regions"));
+            return Err(wrong(&format!("there are {MAX_SLOTS} already")));
         }
-        let mapped = map(file, region.mmap_offset, region.memory_size)?;
-        let address = GuestAddress(region.guest_phys_addr);
-        let mapping = GuestRegionMmap::new(mapped, address)
-            .ok_or_else(|| io::Error::other("memory region beyond the end of the address space"))?;
+        let end = start.saturating_add(size);
+        let overlaps =
+            |r: &Region| r.guest_address < end && start - r.guest_address.min(start) < r.size;
+        if let Some(other) = self.regions.iter().find(|r| overlaps(r)) {
+            let (size, start) = (other.size, other.guest_address);
+            return Err(wrong(&format!("overlaps that of {size:#x} bytes at {start:#x}")));
+        }
+        let mapped = map(file, region.mmap_offset, size).map_err(|e| wrong(&e.to_string()))?;
+        let mapping = GuestRegionMmap::new(mapped, GuestAddress(start))
+            .ok_or_else(|| wrong("beyond the end of the address space"))?;
         let region = Region {
             guest_address: region.guest_phys_addr,
             size: region.memory_size,
@@ -64,11 +74,7 @@ impl Regions {
         };
         self.regions.push(region);
         self.regions.sort_by_key(|r| r.guest_address);
-        let overlap = self.regions.windows(2).any(|pair| match pair {
-            [a, b] => b.guest_address - a.guest_address < a.size,
-            _ => false,
-        });
-        if overlap { Err(io::Error::other("memory regions overlap")) } else { Ok(()) }
+        Ok(())
     }
 
     /// Forgets the region that begins at this guest address and is this long.
@@ -79,15 +85,23 @@ impl Regions {
         let before = self.regions.len();
         self.regions.retain(|r| (r.guest_address, r.size) != (guest_address, size));
         if self.regions.len() == before {
-            return Err(io::Error::other("no such memory region"));
+            let what =
+                format!("REM_MEM_REG: there is no region of {size:#x} bytes at {guest_address:#x}");
+            return Err(io::Error::other(what));
         }
         Ok(())
     }
 
-    /// The guest's memory as one; `None` if there is none.
-    pub(super) fn memory(&self) -> Option<Arc<GuestMemory>> {
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
+    /// The guest's memory as one.
+    pub(super) fn memory(&self) -> Arc<GuestMemory> {
         let all = self.regions.iter().map(|r| Arc::clone(&r.mapping)).collect();
-        GuestMemory::from_arc_regions(all).ok().map(Arc::new)
+        // It is refused only if there is none: they are in order and do not overlap.
+        Arc::new(GuestMemory::from_arc_regions(all).unwrap_or_default())
     }
 
     /// The guest-physical address of a front end's address.

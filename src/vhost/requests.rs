@@ -493,9 +493,8 @@ impl Received {
             None => CommandResponse::new(outcome, self.data.len),
             Some(how) => CommandResponse::ended(how, self.data.len),
         };
-        let header = ring.write(&self.response, response.as_bytes());
         let data = if self.data.to_driver { outcome.transferred } else { 0 };
-        ring.push(self.head, header + data);
+        ring.answer(self.head, &self.response, response.as_bytes(), data);
     }
 }
 
@@ -509,13 +508,11 @@ fn may_hang(lun: &Lun, operation: &Operation) -> bool {
 /// Answers a command that has not begun.
 fn end_unbegun(ring: &mut Ring, chain: &CommandChain, how: Ended) {
     let response = CommandResponse::ended(how, chain.data_in.len() + chain.data_out.len());
-    let written = ring.write(&chain.response, response.as_bytes());
-    ring.push(chain.head, written);
+    ring.answer(chain.head, &chain.response, response.as_bytes(), 0);
 }
 
 /// A request that is not one: no status, VIRTIO_SCSI_S_FAILURE.
 fn fail(ring: &mut Ring, head: u16, room: &Part, data_len: usize) {
     let response = CommandResponse::bare(Response::Failure, data_len);
-    let written = ring.write(room, response.as_bytes());
-    ring.push(head, written);
+    ring.answer(head, room, response.as_bytes(), 0);
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::dirty_log::DirtyLog;
-use super::guest_buf::{Chain, Chains, CommandChain, Part};
+use super::guest_buf::{Chain, Chains, CommandChain, Framing, Part};
 use super::inflight::Inflight;
 use super::memory::GuestMemory;
 use super::split_ring::{Layout, SplitRing};
@@ -20,8 +20,30 @@ pub(super) const MAX_QUEUE_SIZE: u16 = 1024;
 /// we go on, and the index, on whose cache line both look, need not move for each.
 const SHOWN_AT_ONCE: u16 = 8;
 
+/// What was negotiated about a ring.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rules {
+    /// EVENT_IDX: each side says at which index it wants to be notified.
+    pub event_idx: bool,
+    /// How requests are laid out.
+    pub framing: Framing,
+}
+
+/// An answer whose place in guest memory is away.
+struct Held {
+    head: u16,
+    room: Part,
+    response: Box<[u8]>,
+    /// Bytes that were written to other places of the chain.
+    data: usize,
+}
+
 /// A queue that runs.
+///
+/// Its memory may go away and come back (REM_MEM_REG, ADD_MEM_REG: QEMU does so when a region changes its length). While
+/// it is away nothing is taken, and what is answered is kept for when it is back.
 pub(super) struct Ring {
+    /// The ring, or what stands in for it while its memory is away.
     parts: SplitRing,
     layout: Layout,
     event_idx: bool,
@@ -42,6 +64,12 @@ pub(super) struct Ring {
     awaits_kicks: bool,
     /// The driver broke a rule that leaves no way to go on.
     broken: bool,
+    /// The ring's memory is away.
+    away: bool,
+    /// Answers whose memory is away, oldest first. When there are as many as the queue is long, no more is taken.
+    held: Vec<Held>,
+    /// Nothing is taken for now, for one of these reasons.
+    rests: bool,
     /// Where requests in flight are noted.
     inflight: Option<Inflight>,
     /// Chains that a process before this one took and did not answer.
@@ -51,12 +79,13 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// A ring that goes on at `next_avail`, or where `inflight` says it was left; `None` if it does not lie in memory as it must.
+    /// A ring that goes on where `inflight` says it was left, else at `base`, else at what was not answered. `None` if it
+    /// does not lie in memory as it must.
     pub(super) fn new(
         index: usize,
         layout: Layout,
-        event_idx: bool,
-        next_avail: u16,
+        Rules { event_idx, framing }: Rules,
+        base: Option<u16>,
         memory: &Arc<GuestMemory>,
         call: Option<File>,
         mut inflight: Option<Inflight>,
@@ -64,7 +93,9 @@ impl Ring {
         let parts = SplitRing::find(memory, &layout)?;
         // SET_VRING_BASE does not tell the used index: it stands in the ring.
         let used = parts.used_index();
-        let recovered = inflight.as_mut().and_then(|inflight| inflight.recover(used));
+        let recovered = inflight
+            .as_mut()
+            .and_then(|inflight| inflight.recover(used, &parts.available_since(used)));
         let was_served = recovered.is_some();
         let mut left: VecDeque<u16> = recovered.unwrap_or_default().into();
         left.retain(|head| *head < parts.size());
@@ -74,12 +105,15 @@ impl Ring {
         }
         // Everything that was taken is answered or in flight. SET_VRING_BASE may say less: a front end makes it up when
         // its connection breaks, and the process that served the ring may have answered more after that.
-        let next_avail = if was_served { used.wrapping_add(count) } else { next_avail };
+        let next_avail = match base {
+            Some(base) if !was_served => base,
+            _ => used.wrapping_add(count),
+        };
         Some(Ring {
             parts,
             layout,
             event_idx,
-            chains: Chains::new(memory),
+            chains: Chains::new(memory, framing),
             call,
             complaints: Complaints::new(index),
             next_avail,
@@ -89,6 +123,9 @@ impl Ring {
             told_used: None,
             awaits_kicks: true,
             broken: false,
+            away: false,
+            held: Vec::new(),
+            rests: false,
             inflight,
             left,
             log: None,
@@ -114,13 +151,7 @@ impl Ring {
         resolve: impl Fn(&mut Chains, &SplitRing, u16) -> Result<T, &'static str>,
     ) -> Option<(T, bool)> {
         for _ in 0..self.parts.size() {
-            let (head, again) = match self.left.pop_front() {
-                Some(head) => (head, true),
-                None => (self.next_head()?, false),
-            };
-            if let Some(inflight) = &mut self.inflight {
-                inflight.take(head);
-            }
+            let (head, again) = self.next_head()?;
             match resolve(&mut self.chains, &self.parts, head) {
                 Ok(chain) => return Some((chain, again)),
                 Err(why) => self.refuse(head, why),
@@ -135,17 +166,36 @@ impl Ring {
         self.chains.header(part)
     }
 
-    /// Copies into a part of a command; returns the number of bytes.
+    /// Answers a command: writes its response into `room` and gives the chain back, with that and the `data` bytes written
+    /// to it.
     #[inline]
-    pub(super) fn write(&mut self, part: &Part, from: &[u8]) -> usize {
-        let written = self.chains.write(part, from);
-        if written == 0 {
-            self.complaints.say("the memory for a response was taken away");
+    pub(super) fn answer(&mut self, head: u16, room: &Part, response: &[u8], data: usize) {
+        match self.chains.write(room, response) {
+            0 => self.hold(head, room, response, data),
+            written => self.push(head, written + data),
         }
-        written
     }
 
-    fn next_head(&mut self) -> Option<u16> {
+    /// The place of a response is away: a driver that got its chain back would take what stands there for the answer.
+    #[cold]
+    fn hold(&mut self, head: u16, room: &Part, response: &[u8], data: usize) {
+        let Part::Whole(address) = *room else { return self.push(head, data) };
+        self.complaints.say("the memory for a response is away; the response waits for it");
+        self.held.push(Held { head, room: Part::Whole(address), response: response.into(), data });
+        self.set_rests();
+    }
+
+    fn set_rests(&mut self) {
+        self.rests = self.broken || self.away || self.held.len() >= self.size();
+    }
+
+    fn next_head(&mut self) -> Option<(u16, bool)> {
+        if self.rests {
+            return None;
+        }
+        if let Some(head) = self.left.pop_front() {
+            return Some((head, true));
+        }
         if !self.has_new_requests() {
             return None;
         }
@@ -156,18 +206,18 @@ impl Ring {
             return None;
         }
         self.next_avail = self.next_avail.wrapping_add(1);
-        Some(head)
+        if let Some(inflight) = &mut self.inflight {
+            inflight.take(head);
+        }
+        Some((head, false))
     }
 
     /// Whether there is a request to pop.
     pub(super) fn has_requests(&mut self) -> bool {
-        !self.left.is_empty() || self.has_new_requests()
+        !self.rests && (!self.left.is_empty() || self.has_new_requests())
     }
 
     fn has_new_requests(&mut self) -> bool {
-        if self.broken {
-            return false;
-        }
         if self.next_avail == self.seen_avail {
             self.seen_avail = self.parts.available_index();
             if self.seen_avail.wrapping_sub(self.next_avail) > self.parts.size() {
@@ -179,6 +229,7 @@ impl Ring {
 
     fn stop_for_good(&mut self, why: &str) {
         self.broken = true;
+        self.set_rests();
         self.complaints.say(&format!("queue is broken and stopped: {why}"));
     }
 
@@ -193,7 +244,8 @@ impl Ring {
         if let Some(log) = &self.log {
             self.chains.mark_written(&self.parts, head, log);
         }
-        self.parts.put_used(self.next_used, head, u32::try_from(written).unwrap_or(u32::MAX));
+        let written = u32::try_from(written).unwrap_or(u32::MAX);
+        self.parts.put_used(self.next_used, head.into(), written);
         if let Some(inflight) = &mut self.inflight {
             inflight.give(head);
         }
@@ -204,6 +256,10 @@ impl Ring {
     }
 
     fn show(&mut self) {
+        if self.away {
+            // It is shown when it stands in the driver's ring.
+            return;
+        }
         self.parts.set_used_index(self.next_used);
         self.shown_used = self.next_used;
         if let Some(inflight) = &mut self.inflight {
@@ -278,13 +334,45 @@ impl Ring {
         self.mark_used_ring();
     }
 
-    /// New memory; what is in flight keeps the old one.
+    /// New memory; the data of what is in flight stays in the old one.
     pub(super) fn set_memory(&mut self, memory: &Arc<GuestMemory>) {
-        match SplitRing::find(memory, &self.layout) {
-            Some(parts) => self.parts = parts,
-            None => self.stop_for_good("it is no longer in memory"),
+        if self.shown_used != self.next_used {
+            // While the old memory is there.
+            self.show();
         }
-        self.chains = Chains::new(memory);
+        self.chains.set_memory(memory);
+        match SplitRing::find(memory, &self.layout) {
+            Some(parts) => {
+                let stand_in = std::mem::replace(&mut self.parts, parts);
+                if std::mem::take(&mut self.away) {
+                    self.come_back(&stand_in);
+                }
+            }
+            None if self.away => {}
+            None => {
+                self.complaints.say("the ring's memory is away; the queue waits for it");
+                self.parts = SplitRing::stand_in(&self.layout);
+                self.away = true;
+            }
+        }
+        for Held { head, room, response, data } in std::mem::take(&mut self.held) {
+            self.answer(head, &room, &response, data);
+        }
+        self.set_rests();
+    }
+
+    /// The ring is in memory again: what was answered meanwhile is put into it.
+    fn come_back(&mut self, stand_in: &SplitRing) {
+        let mut index = self.shown_used;
+        while index != self.next_used {
+            let (head, written) = stand_in.used_entry(index);
+            self.parts.put_used(index, head, written);
+            if let (Some(log), Ok(head)) = (&self.log, u16::try_from(head)) {
+                self.chains.mark_written(&self.parts, head, log);
+            }
+            index = index.wrapping_add(1);
+        }
+        self.told_used = None;
     }
 
     /// Another way to tell the driver. It is told at once, in case the old way lost something.
@@ -331,5 +419,55 @@ impl Complaints {
         log::warn!("queue {}: {what} ({} like it unsaid)", self.queue, self.unsaid);
         self.last = Some(Instant::now());
         self.unsaid = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::inflight::Region;
+    use super::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const RULES: Rules = Rules { event_idx: false, framing: Framing::Any };
+
+    fn ring(memory: &Arc<GuestMemory>, region: &Region) -> Ring {
+        let layout = Layout {
+            size: 8,
+            descriptors: GuestAddress(0),
+            available: GuestAddress(0x1000),
+            used: GuestAddress(0x2000),
+        };
+        Ring::new(0, layout, RULES, Some(0), memory, None, region.queue(0, 8)).unwrap()
+    }
+
+    fn heads(ring: &mut Ring, count: usize) -> Vec<(u16, bool)> {
+        std::iter::from_fn(|| ring.pop_as(|_, _, head| Ok(head))).take(count).collect()
+    }
+
+    /// A process that ends while it does again what another has left leaves the rest of that before what is new.
+    #[test]
+    fn requests_are_replayed_in_their_order_after_any_number_of_crashes() {
+        let ranges = [(GuestAddress(0), 0x3000)];
+        let memory = Arc::new(GuestMemory::from_ranges(&ranges).unwrap());
+        let order = [5_u16, 2, 7, 0, 3];
+        for (at, head) in (0x1004..).step_by(2).zip(order) {
+            memory.write_obj(head, GuestAddress(at)).unwrap();
+        }
+        memory.write_obj(3_u16, GuestAddress(0x1002)).unwrap();
+        let file = Region::create(1, 8).unwrap();
+        let region = Region::map(file, 0, Region::len(1, 8) as u64, 1, 8).unwrap();
+        let first = [5, 2, 7].map(|head| (head, false));
+        assert_eq!(heads(&mut ring(&memory, &region), 8), first);
+        // It gets as far as the first of three, and the next as far as the second.
+        for taken in [1, 2] {
+            assert_eq!(
+                heads(&mut ring(&memory, &region), taken),
+                first.map(|(h, _)| (h, true))[..taken]
+            );
+        }
+        memory.write_obj(5_u16, GuestAddress(0x1002)).unwrap();
+        let all = [(5, true), (2, true), (7, true), (0, false), (3, false)];
+        assert_eq!(heads(&mut ring(&memory, &region), 8), all);
+        assert_eq!(heads(&mut ring(&memory, &region), 8), all.map(|(head, _)| (head, true)));
     }
 }

@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_utils::atomic::AtomicCell;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll, ppoll};
+use nix::sys::time::TimeSpec;
 
 use super::message::{Mailbox, Message, Sweep};
 use super::ring::Ring;
@@ -143,7 +144,7 @@ impl Worker {
         index: usize,
         host: Host,
         ring: Ring,
-        kick: File,
+        kick: Option<File>,
         poll: Option<Duration>,
         (mailbox, inbox): (Mailbox, Receiver<Message>),
         service: S,
@@ -153,7 +154,8 @@ impl Worker {
         let state = State {
             ring,
             service,
-            kick: Some(kick),
+            kick,
+            pause: PAUSE,
             mailbox: mailbox.clone(),
             inbox,
             spin,
@@ -225,6 +227,8 @@ struct State<S> {
     stopping: bool,
     unheard: Vec<Arc<Sweep>>,
     end: Sender<Ended>,
+    /// For how long it sleeps next without a kick.
+    pause: Duration,
 }
 
 /// What one thread of a queue shares with the watchdog, and with the thread that may take its place.
@@ -291,6 +295,9 @@ impl<S: Service> Loan<S> {
                 }
             };
             let answered = state.ring.announce();
+            if answered || more {
+                state.pause = PAUSE;
+            }
             if state.stopping && state.service.in_flight() == 0 {
                 self.over.store(true, Ordering::Release);
                 return (*state).end();
@@ -458,6 +465,9 @@ impl<S: Service> State<S> {
 
     /// Sleeps until there is a kick, a message or a completion.
     fn wait(&mut self) {
+        if self.kick.is_none() {
+            return self.doze();
+        }
         let kick = self.kick.as_ref().map(AsRawFd::as_raw_fd);
         if self.service.sleep([Some(self.mailbox.wake().as_raw_fd()), kick]).is_some() {
             // Nobody waits for these events to be readable, so that they need not be read.
@@ -475,8 +485,22 @@ impl<S: Service> State<S> {
             let _ = self.mailbox.wake().read();
         }
         if kicked && !self.consume_kick() {
-            log::warn!("kick is no event; the queue is served without it");
+            log::warn!("the kick descriptor is not an eventfd; the queue is polled");
             self.kick = None;
+        }
+    }
+
+    /// Sleeps for a moment, or until there is a message or a completion: nobody says when there are requests. The moment
+    /// grows while nothing happens, so that an idle queue costs little.
+    fn doze(&mut self) {
+        self.service.hand_over();
+        let mut fds = [PollFd::new(self.mailbox.wake().as_fd(), PollFlags::POLLIN)];
+        match ppoll(&mut fds, Some(TimeSpec::from_duration(self.pause)), None) {
+            Ok(0) | Err(_) if self.service.in_flight() == 0 => {
+                self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+            }
+            Ok(0) | Err(_) => self.pause = PAUSE,
+            Ok(_) => drop(self.mailbox.wake().read()),
         }
     }
 
@@ -488,6 +512,10 @@ impl<S: Service> State<S> {
         }
     }
 }
+
+/// The first and the longest pause between looks at a ring that is not kicked.
+const PAUSE: Duration = Duration::from_micros(50);
+const LONGEST_PAUSE: Duration = Duration::from_millis(1);
 
 /// How long a queue looks for requests before it sleeps, if nothing else was asked for: less than going to
 /// sleep and being woken takes.

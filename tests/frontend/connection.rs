@@ -40,6 +40,22 @@ pub enum Order {
     Legacy,
 }
 
+/// The messages that start a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingMessage {
+    Num,
+    Addr,
+    Base,
+    Kick,
+    Call,
+    Enable,
+}
+
+impl RingMessage {
+    pub const ALL: [Self; 6] =
+        [Self::Num, Self::Addr, Self::Base, Self::Kick, Self::Call, Self::Enable];
+}
+
 /// How the daemon learns of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryMessage {
@@ -341,9 +357,9 @@ impl FrontEnd {
         for index in self.started() {
             // After a daemon's death this is all that QEMU knows; and it looks when it sees the connection break, which
             // may be before the last answers came.
-            let missed = if self.reconnected { 3 } else { 0 };
-            let base = self.queue(index).ring().used_idx().wrapping_sub(missed);
-            self.start_queue_without_call(index, base);
+            let used = self.queue(index).ring().used_idx();
+            let missed = if self.reconnected && used > 0 { 3 } else { 0 };
+            self.start_queue_without_call(index, used.wrapping_sub(missed));
         }
     }
 
@@ -530,6 +546,41 @@ impl FrontEnd {
     pub fn start_queue(&self, index: usize, base: u16) {
         self.set_vring_fd(request::SET_VRING_CALL, index, self.queue(index).call_fd());
         self.start_queue_without_call(index, base);
+    }
+
+    /// One of the messages that start a queue, whose next request is the one of this index.
+    #[track_caller]
+    pub fn tell(&self, index: usize, message: RingMessage, base: u16) {
+        let queue = self.queue(index);
+        let at = queue.ring().addresses();
+        let user = |address| self.mem.user_address(address);
+        let state = |number| vring_state(index, number);
+        let size = queue.ring().size().into();
+        match message {
+            RingMessage::Num => self.set(request::SET_VRING_NUM, &state(size), &[], false),
+            RingMessage::Base => self.set(request::SET_VRING_BASE, &state(base.into()), &[], false),
+            RingMessage::Addr => {
+                let payload = vring_address(index, user(at.desc), user(at.used), user(at.avail));
+                self.set(request::SET_VRING_ADDR, &payload, &[], false);
+            }
+            RingMessage::Kick => self.set_vring_fd(request::SET_VRING_KICK, index, queue.kick_fd()),
+            RingMessage::Call => self.set_vring_fd(request::SET_VRING_CALL, index, queue.call_fd()),
+            RingMessage::Enable => {
+                self.set(request::SET_VRING_ENABLE, &state(1), &[], false);
+            }
+        }
+    }
+
+    /// Takes a region away, as far as the daemon knows, until [`FrontEnd::give_back`].
+    #[track_caller]
+    pub fn take_away(&self, base: u64) {
+        self.set(request::REM_MEM_REG, &single_region(&self.mem.region(base)), &[], true);
+    }
+
+    #[track_caller]
+    pub fn give_back(&self, base: u64) {
+        let region = self.mem.region(base);
+        self.set(request::ADD_MEM_REG, &single_region(&region), &[region.fd], true);
     }
 
     /// SET_VRING_ENABLE.

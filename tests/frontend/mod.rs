@@ -53,7 +53,7 @@ pub mod ring;
 pub mod scsi;
 
 pub use cdb::Cdb;
-pub use connection::{FrontEnd, FrontEndBuilder, MemoryMessage, Order};
+pub use connection::{FrontEnd, FrontEndBuilder, MemoryMessage, Order, RingMessage};
 pub use control::{Event, Notification, Tmf};
 pub use daemon::{Daemon, Scratch};
 pub use load::{Driver, Load, Pattern};

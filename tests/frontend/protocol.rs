@@ -54,6 +54,7 @@ pub mod feature {
     pub const SCSI_CHANGE: u64 = 1 << 2;
     pub const SCSI_T10_PI: u64 = 1 << 3;
     pub const LOG_ALL: u64 = 1 << 26;
+    pub const ANY_LAYOUT: u64 = 1 << 27;
     pub const INDIRECT_DESC: u64 = 1 << 28;
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;

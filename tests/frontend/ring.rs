@@ -101,6 +101,18 @@ impl Ring {
         ring
     }
 
+    /// Empty rings at other addresses.
+    pub fn move_to(&mut self, at: RingAddresses) {
+        self.at = at;
+        self.reset();
+    }
+
+    /// Bytes of the three parts.
+    pub fn lengths(&self) -> [usize; 3] {
+        let n = usize::from(self.size);
+        [DESC_SIZE * n, 6 + 2 * n, 6 + 8 * n]
+    }
+
     /// As after a device reset: empty rings, indexes zero, nothing outstanding.
     pub fn reset(&mut self) {
         let n = usize::from(self.size);

@@ -27,7 +27,8 @@ struct ReportLuns {
 pub(super) fn report_luns(context: Context<'_>) -> Result<Reply, ScsiError> {
     let target = context.lun.settings().target;
     let (bytes, allocation) = luns(context.target, target, &context.request.cdb)?;
-    // The initiator learns here what the condition would have told it (SPC-5 6.34).
+    // The initiator learns here what the condition would have told it (SPC-5 6.34). Also from a list that was asked for
+    // before a restart: it is made now.
     context.nexus.attentions(context.lun.index()).clear(UnitAttention::ReportedLunsChanged);
     Ok(Reply::Data { bytes, allocation })
 }

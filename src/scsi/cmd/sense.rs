@@ -14,7 +14,9 @@ fn parse(cdb: &Cdb) -> (bool, usize) {
 /// that keeps it from being ready, with the progress where there is one, or nothing.
 pub(super) fn request_sense(context: Context<'_>) -> Result<Reply, ScsiError> {
     let (descriptor_format, allocation) = parse(&context.request.cdb);
-    let attention = context.nexus.attentions(context.lun.index()).take();
+    // A request from before a restart does not learn what arose with it (see the check of other commands).
+    let attentions = context.nexus.attentions(context.lun.index());
+    let attention = if context.request.again { None } else { attentions.take() };
     let not_ready = || match context.lun.check_ready() {
         Err(ScsiError::Check(not_ready)) => Some(not_ready),
         _ => None,
