@@ -52,6 +52,16 @@ pub struct Rod {
     used: Mutex<Instant>,
 }
 
+impl Drop for Rod {
+    /// The blocks that only a snapshot has go with it, which takes as long as the host does: on a thread of its disk, as
+    /// whoever asks for tokens, of any disk, may be the one who finds that this one is over.
+    fn drop(&mut self) {
+        if let (Some(snapshot), Some(lun)) = (self.snapshot.take(), self.source.upgrade()) {
+            let _ = lun.store().pool().run(Box::new(move || drop(snapshot)));
+        }
+    }
+}
+
 /// Why a token is no more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Death {
