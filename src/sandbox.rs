@@ -166,27 +166,28 @@ pub fn spawn<T: Send + 'static>(
     let taken = Arc::clone(&kept);
     ask(move || {
         thread::Builder::new().name(name).spawn(move || {
-            if let Some(inside) = INSIDE.get()
-                && let Err(error) = inside.limits.confine(role)
-            {
-                // It must not run as it is, and whoever waits for it cannot go on without it.
-                log::error!("a thread could not be confined: {error}");
-                std::process::abort();
-            }
+            let confined = INSIDE.get().map_or(Ok(()), |inside| inside.limits.confine(role));
             let work = taken.lock().unwrap_or_else(PoisonError::into_inner).take();
-            match work {
-                Some(work) => work(),
-                None => unreachable!("work is taken once, by its thread"),
+            match (confined, work) {
+                (Ok(()), Some(work)) => work(),
+                (confined, _) => {
+                    // It must not run as it is, and whoever waits for it cannot go on without it.
+                    log::error!("a thread could not be confined: {:?}", confined.err());
+                    std::process::abort()
+                }
             }
         })
     })?
 }
 
+/// The files that each role reaches.
+type Domains = Vec<(Role, RulesetCreated)>;
+
 /// What threads take away from themselves.
 #[derive(Default)]
 struct Limits {
     /// The files that each role reaches, if the kernel restricts that.
-    domains: Option<Vec<(Role, RulesetCreated)>>,
+    domains: Option<Domains>,
     /// The filters of each role, in the order in which they are installed; none if system calls are not filtered.
     filters: Vec<(Role, Vec<BpfProgram>)>,
 }
@@ -222,9 +223,7 @@ const LANDLOCK: ABI = ABI::V6;
 
 /// Restricts the process to all that any role reaches. Returns what each role reaches, and what this kernel does not
 /// restrict.
-fn restrict_files(
-    reach: &[Reach],
-) -> Result<(Vec<(Role, RulesetCreated)>, Option<String>), String> {
+fn restrict_files(reach: &[Reach]) -> Result<(Domains, Option<String>), String> {
     let text = |e: landlock::RulesetError| e.to_string();
     let files = || {
         let rules = Ruleset::default().set_compatibility(CompatLevel::BestEffort);

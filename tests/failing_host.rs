@@ -495,7 +495,7 @@ fn without_threads_an_atomic_command_waits_beside_its_queue() {
     let mut lun = fe.lun(0, 0);
     (lun.blocks, lun.block_size) = (SIZE / 512, 512);
     let read = || lun.request(cdb::read16(0, 128)).data_in(128 * 512);
-    let compare = || lun.request(cdb::compare_and_write(0, 1)).data_out(&[0; 1024]);
+    let compare = || lun.request(cdb::compare_and_write(0, 1)).data_out([0; 1024]);
     for _ in 0..20 {
         for answer in fe.run_all(FIRST_REQUEST_QUEUE, &[read(), compare(), read(), compare()]) {
             answer.expect_good();

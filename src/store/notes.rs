@@ -129,6 +129,32 @@ mod tests {
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
+    /// A queue thread looks; it must not hang with the host of one disk.
+    #[test]
+    fn who_looks_does_not_wait_for_who_changes() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("disk.img");
+        let notes = Arc::new(Notes::beside(&Directory::of(&image).unwrap(), &image).unwrap());
+        notes.set("a", Some("1")).unwrap();
+        // What opens it to write waits until somebody reads.
+        let fifo = directory.path().join("disk.img.thinlun.new");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let changing = Arc::clone(&notes);
+        let change = std::thread::spawn(move || changing.set("a", Some("2")));
+        while notes.changing.try_lock().is_ok() {
+            std::thread::yield_now();
+        }
+        let looking = Arc::clone(&notes);
+        let (found, seen) = std::sync::mpsc::channel();
+        std::thread::spawn(move || found.send(looking.get("a")));
+        let seen = seen.recv_timeout(std::time::Duration::from_secs(20));
+        assert_eq!(seen, Ok(Some("1".into())));
+        // A pipe cannot be made to last, and the old note stays.
+        std::fs::read(&fifo).unwrap();
+        assert!(change.join().unwrap().is_err());
+        assert_eq!(notes.get("a").as_deref(), Some("1"));
+    }
+
     #[test]
     fn a_foreign_file_is_not_touched() {
         let directory = tempfile::tempdir().unwrap();

@@ -284,9 +284,12 @@ mod tests {
     fn threads_come_when_the_host_has_them_again() {
         let full = Arc::new(AtomicBool::new(false));
         let host = Arc::clone(&full);
-        let spawn = move |work: Work| match host.load(Ordering::Acquire) {
-            true => Err(io::Error::from_raw_os_error(libc::EAGAIN)),
-            false => Ok(drop(std::thread::spawn(work))),
+        let spawn = move |work: Work| {
+            if host.load(Ordering::Acquire) {
+                return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+            }
+            std::thread::spawn(work);
+            Ok(())
         };
         let pool = Pool::with("test", 2, Box::new(spawn));
         pool.start().unwrap();
