@@ -2,6 +2,7 @@
 //! serve as the payload.
 
 mod frontend;
+mod mounts;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
@@ -206,16 +207,21 @@ fn what_was_wrong_with_a_message_is_logged() {
     let features = (1_u64 << 63).to_ne_bytes();
     let inflight = frontend::protocol::inflight(0, 0, 99, 128);
     let cases: [(u32, &[u8], bool, &str); 10] = [
-        (request::SET_VRING_NUM, &vring_state(2, 4096), false, "SET_VRING_NUM 4096 of queue 2"),
+        (request::SET_VRING_NUM, &vring_state(2, 4096), false, "SET_VRING_NUM: 4096 for queue 2"),
         (request::SET_VRING_NUM, &vring_state(2, 100), false, "not a power of two up to 1024"),
-        (request::SET_VRING_BASE, &vring_state(2, 65536), false, "SET_VRING_BASE 65536 of queue 2"),
-        (request::SET_VRING_BASE, &vring_state(2, 7), false, "which has taken"),
+        (
+            request::SET_VRING_BASE,
+            &vring_state(2, 65536),
+            false,
+            "SET_VRING_BASE: 65536 for queue 2",
+        ),
+        (request::SET_VRING_BASE, &vring_state(2, 7), false, "SET_VRING_BASE: queue 2 has taken"),
         (request::SET_VRING_ENABLE, &vring_state(200, 1), false, "queue 200: there are 18"),
         (request::SET_FEATURES, &features, false, "0x8000000000000000 were not offered"),
-        (request::SET_PROTOCOL_FEATURES, &features, false, "SET_PROTOCOL_FEATURES 0x8"),
+        (request::SET_PROTOCOL_FEATURES, &features, false, "SET_PROTOCOL_FEATURES: 0x8"),
         (request::REM_MEM_REG, &region(64 * GIB, MIB), false, "no region of 0x100000 bytes"),
         (request::ADD_MEM_REG, &region(MIB, MIB), true, "overlaps that of 0x4000000 bytes at 0x0"),
-        (request::GET_INFLIGHT_FD, &inflight, false, "GET_INFLIGHT_FD for 99 queues"),
+        (request::GET_INFLIGHT_FD, &inflight, false, "GET_INFLIGHT_FD: 99 queues"),
     ];
     for (number, payload, with_memory, expected) in cases {
         let builder = FrontEnd::builder();
@@ -245,6 +251,61 @@ fn descriptors_where_none_belong_are_not_leaked() {
         assert_serves(&daemon);
     }
     at_rest.assert_again(&daemon);
+}
+
+/// A stream has no messages in it: each may come byte by byte, its descriptors with the first.
+#[test]
+fn a_message_may_come_in_pieces() {
+    let daemon = Daemon::with_disk(DISK, "");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let base = fe.stop_queue(REQUESTS);
+    let queue = fe.queue(REQUESTS);
+    let fds = [queue.call_fd(), queue.kick_fd()].map(std::os::fd::AsRawFd::as_raw_fd);
+    drop(queue);
+    let index = (REQUESTS as u64).to_ne_bytes();
+    for (number, payload, fds) in [
+        (request::SET_VRING_CALL, &index[..], &fds[..1]),
+        (request::SET_VRING_KICK, &index, &fds[1..]),
+        (request::SET_VRING_BASE, &vring_state(REQUESTS, base.into()), &[]),
+    ] {
+        let header = [number, FLAG_VERSION, payload.len() as u32].map(u32::to_ne_bytes).concat();
+        for (n, byte) in [&header[..], payload].concat().into_iter().enumerate() {
+            let with = if n == 0 { fds } else { &[] };
+            fe.channel().send_bytes(&[byte], with).unwrap();
+        }
+    }
+    fe.tell(REQUESTS, RingMessage::Num, base);
+    fe.tell(REQUESTS, RingMessage::Addr, base);
+    round_trip(&lun, 0, 8, 1);
+}
+
+/// A signal or a passing shortage of memory at any call that receives a message or answers it: life goes on.
+#[test]
+fn signals_and_shortages_do_not_end_a_connection() {
+    let probe = ["-qq", "-e", "trace=none", "true"];
+    let probe = std::process::Command::new("strace").args(probe).output();
+    if !probe.is_ok_and(|output| output.status.success()) {
+        return mounts::skipped("connections under EINTR and ENOMEM: strace does not work here");
+    }
+    for fault in ["recvmsg:error=EINTR", "recvmsg:error=ENOMEM", "sendmsg:error=EINTR"] {
+        for when in ["1+2", "2+2", "1+3"] {
+            let inject = format!("inject={fault}:when={when}");
+            println!("{inject}");
+            let scratch = Scratch::new();
+            let disk = scratch.image("disk.img", DISK);
+            // As a grandchild, so that the daemon is what is started and ended.
+            let arguments = ["-D", "-f", "-qq", "-o", "/dev/null", "-e", &inject];
+            // The filter of system calls takes a call that strace replaces for a forbidden one.
+            let daemon = Daemon::builder(&scratch).disk(&disk, "").arg("--seccomp=none");
+            let daemon = daemon.under("strace", &arguments).spawn();
+            let builder = FrontEnd::builder().inflight();
+            let fe = builder.memory(RegionSpec::with_gaps(), MemoryMessage::Slots).connect(&daemon);
+            round_trip(&fe.ready_lun(0, 0), 0, 8, 1);
+            drop(fe);
+            assert_serves(&daemon);
+        }
+    }
 }
 
 // ----- reconnecting ---------------------------------------------------------------------------

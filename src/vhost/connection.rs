@@ -1,6 +1,6 @@
 //! One front end's connection: negotiation, memory, and the state of each ring.
 //!
-//! This is written over the `vhost` crate's message parser, without the `vhost-user-backend` crate,
+//! This is written with the `vhost` crate's words for messages, without the `vhost-user-backend` crate,
 //! because that crate owns the queue threads: each request would take two locks there, a device reset
 //! would not wait for requests in flight, and the in-flight region could not be offered.
 //!
@@ -12,7 +12,6 @@
 //! index says that requests are not answered, which is what front ends tell. Told something else than it runs with, a
 //! ring starts anew with that if it has not taken anything; else it is too late, and an error.
 
-use std::fmt::Display;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -39,7 +38,7 @@ use super::split_ring::Layout;
 use super::tmf::ControlQueue;
 use super::wire::Config;
 use super::worker::{Host, Worker};
-use super::{Device, FIXED_QUEUES, Offer, refused};
+use super::{Device, FIXED_QUEUES, Offer, refused, wrong};
 use crate::scsi::{Nexus, Port, address, lun};
 
 const CONTROL_QUEUE: usize = 0;
@@ -158,9 +157,10 @@ impl Connection {
     fn ring(&mut self, index: impl TryInto<usize>) -> Result<(usize, &mut RingState)> {
         let queues = self.rings.len();
         let index = index.try_into().unwrap_or(usize::MAX);
-        let ring = self.rings.get_mut(index).ok_or_else(|| {
-            wrong(format_args!("a message about queue {index}: there are {queues}, from 0 on"))
-        })?;
+        let ring = self
+            .rings
+            .get_mut(index)
+            .ok_or_else(|| wrong(format_args!("queue {index}: there are {queues}, from 0 on")))?;
         Ok((index, ring))
     }
 
@@ -247,7 +247,7 @@ impl Connection {
         {
             let taken = end.wrapping_sub(start);
             return Err(wrong(format_args!(
-                "{what} of queue {index}, which has taken {taken} requests: stop it first"
+                "queue {index} has taken {taken} requests: another {what} needs a stop first"
             )));
         }
         tell(ring);
@@ -306,8 +306,9 @@ impl Connection {
         }
     }
 
-    fn negotiated(&self, feature: VhostUserProtocolFeatures) -> bool {
-        self.protocol_features & feature.bits() != 0
+    /// Whether these protocol features are in use.
+    pub(super) fn negotiated(&self, features: VhostUserProtocolFeatures) -> bool {
+        self.protocol_features & features.bits() == features.bits()
     }
 
     fn config(&self) -> Config {
@@ -338,11 +339,6 @@ impl Drop for Connection {
 /// Hands an event to the event queue, if it runs.
 pub(super) fn send_event(queues: &Queues, event: Event) {
     queues.send(EVENT_QUEUE, Message::Event(event));
-}
-
-/// A message that breaks a rule: which one, and what is wrong with it. The connection ends with that.
-fn wrong(what: impl Display) -> Error {
-    refused(io::Error::other(what.to_string()))
 }
 
 /// A message whose feature we do not offer.
@@ -382,7 +378,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
     fn set_features(&mut self, features: u64) -> Result<()> {
         if features & !FEATURES != 0 {
             return Err(wrong(format_args!(
-                "SET_FEATURES {features:#x}: {:#x} were not offered",
+                "{features:#x}: {:#x} were not offered",
                 features & !FEATURES
             )));
         }
@@ -438,13 +434,13 @@ impl VhostUserBackendReqHandlerMut for Connection {
         let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= MAX_QUEUE_SIZE);
         let Some(size) = size else {
             return Err(wrong(format_args!(
-                "SET_VRING_NUM {num} of queue {index}: not a power of two up to {MAX_QUEUE_SIZE}"
+                "{num} for queue {index}: not a power of two up to {MAX_QUEUE_SIZE}"
             )));
         };
         if ring.size == Some(size) {
             return Ok(());
         }
-        self.tell(index, "SET_VRING_NUM", |ring| ring.size = Some(size))
+        self.tell(index, "size", |ring| ring.size = Some(size))
     }
 
     fn set_vring_addr(
@@ -462,7 +458,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
             // QEMU tells them again when it begins or ends to log.
             return Ok(());
         }
-        self.tell(index, "SET_VRING_ADDR", |ring| ring.addresses = addresses)
+        self.tell(index, "address", |ring| ring.addresses = addresses)
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
@@ -470,14 +466,14 @@ impl VhostUserBackendReqHandlerMut for Connection {
         let (index, ring) = self.ring(index)?;
         let Ok(base) = u16::try_from(base) else {
             return Err(wrong(format_args!(
-                "SET_VRING_BASE {base} of queue {index}: an index of a split ring has 16 bits"
+                "{base} for queue {index}: an index of a split ring has 16 bits"
             )));
         };
         // The in-flight region knows better.
         if ring.worker.is_some() && (ring.started_at == base || inflight) {
             return Ok(());
         }
-        self.tell(index, "SET_VRING_BASE", |ring| ring.base = Some(base))
+        self.tell(index, "base", |ring| ring.base = Some(base))
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
@@ -531,7 +527,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
         let offered = self.get_protocol_features()?.bits();
         if features & !offered != 0 {
             return Err(wrong(format_args!(
-                "SET_PROTOCOL_FEATURES {features:#x}: {:#x} were not offered",
+                "{features:#x}: {:#x} were not offered",
                 features & !offered
             )));
         }
@@ -582,7 +578,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
         let (queues, size) = (usize::from(asked.num_queues), asked.queue_size);
         if queues > self.rings.len() || size > MAX_QUEUE_SIZE {
             return Err(wrong(format_args!(
-                "GET_INFLIGHT_FD for {queues} queues of {size}: there are {} of up to {MAX_QUEUE_SIZE}",
+                "{queues} queues of {size}: there are {} of up to {MAX_QUEUE_SIZE}",
                 self.rings.len()
             )));
         }

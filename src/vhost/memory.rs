@@ -85,8 +85,7 @@ impl Regions {
         let before = self.regions.len();
         self.regions.retain(|r| (r.guest_address, r.size) != (guest_address, size));
         if self.regions.len() == before {
-            let what =
-                format!("REM_MEM_REG: there is no region of {size:#x} bytes at {guest_address:#x}");
+            let what = format!("there is no region of {size:#x} bytes at {guest_address:#x}");
             return Err(io::Error::other(what));
         }
         Ok(())

@@ -1,17 +1,17 @@
 //! The transport: vhost-user and virtio-scsi. Nothing outside this folder knows of either.
 //!
-//! A connection is handled by [`connection`] over the `vhost` crate's message parser. Each queue that
+//! A connection is handled by [`connection`], which is told by [`messages`] what a front end sends. Each queue that
 //! runs is owned by a thread of its own ([`worker`]), which nothing else touches: a connection talks
 //! to it by messages. Queues 0 and 1 are the control and the event queue, the rest take commands.
 
 mod connection;
 mod dirty_log;
-mod early;
 mod events;
 mod guest_buf;
 mod inflight;
 mod memory;
 mod message;
+mod messages;
 mod order;
 mod requests;
 mod ring;
@@ -21,6 +21,7 @@ mod watchdog;
 mod wire;
 mod worker;
 
+use std::fmt::Display;
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -28,7 +29,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vhost::vhost_user::{BackendReqHandler, Error};
+use vhost::vhost_user::Error;
 
 use crate::scsi::{Lun, Port, Target, Tasks, UnitAttention};
 use crate::store::engine::EngineKind;
@@ -110,27 +111,22 @@ impl Device {
     /// Serves one connection by a port, which has no other, until the front end goes away or
     /// [`UnixStream::shutdown`] is called for reading on a clone of `stream`. When it returns, nothing is in flight and the guest's memory is unmapped.
     pub fn serve(self: &Arc<Self>, port: Port, stream: UnixStream) {
-        let connection = Connection::new(Arc::clone(self), port);
+        let mut connection = Connection::new(Arc::clone(self), port);
         self.connections.all().push((port, connection.queues()));
-        let connection = Arc::new(Mutex::new(connection));
-        let queues = FIXED_QUEUES + self.offer.request_queues;
-        let (end, copy) = match stream.try_clone() {
-            Ok(copy) => (handle_messages(queues, &copy, stream, &connection), Some(copy)),
-            Err(error) => (refused(error), None),
-        };
+        let end = messages::serve(&stream, &mut connection);
         let gone =
             matches!(end, Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage);
         if !gone {
-            close(copy.as_ref());
+            close(&stream);
         }
-        connection.lock().unwrap_or_else(PoisonError::into_inner).stop_all(true);
+        connection.stop_all(true);
         // Only now: a front end that sees its connection break takes what is answered by then for all there is.
-        close(copy.as_ref());
+        close(&stream);
         self.connections.all().retain(|(of, _)| *of != port);
         self.target.disconnected(port);
         match gone {
             true => log::info!("port {}: front end is gone", port.0),
-            false => log::warn!("port {}: connection ended: {end}", port.0),
+            false => log::warn!("port {}: connection ended: {}", port.0, reason(&end)),
         }
     }
 
@@ -157,28 +153,15 @@ impl Device {
     }
 }
 
-fn close(stream: Option<&UnixStream>) {
-    stream.map(|stream| stream.shutdown(Shutdown::Both));
+fn close(stream: &UnixStream) {
+    let _ = stream.shutdown(Shutdown::Both);
 }
 
-/// Handles one message after another until there is an end to it.
-fn handle_messages(
-    queues: usize,
-    peek: &UnixStream,
-    stream: UnixStream,
-    connection: &Arc<Mutex<Connection>>,
-) -> Error {
-    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(connection));
-    loop {
-        match early::answer_queue_num(peek, queues) {
-            Ok(true) => {}
-            Ok(false) => {
-                if let Err(end) = handler.handle_request() {
-                    break end;
-                }
-            }
-            Err(error) => break Error::SocketBroken(error),
-        }
+/// Why a connection ended, for people.
+fn reason(end: &Error) -> String {
+    match end {
+        Error::ReqHandlerError(error) => error.to_string(),
+        other => other.to_string(),
     }
 }
 
@@ -188,4 +171,9 @@ pub const MAX_REQUEST_QUEUES: usize = 256 - FIXED_QUEUES;
 /// An [`io::Error`] as the message handler wants it.
 fn refused(error: io::Error) -> Error {
     Error::ReqHandlerError(error)
+}
+
+/// A message that breaks a rule: what is wrong with it. The connection ends with that.
+fn wrong(what: impl Display) -> Error {
+    refused(io::Error::other(what.to_string()))
 }
