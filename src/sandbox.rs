@@ -44,6 +44,8 @@ pub enum Role {
     Disk,
     /// Waits for time to pass.
     Timer,
+    /// Writes log lines.
+    Logger,
 }
 
 /// What may be reached below a directory after [`enter`].
@@ -307,6 +309,7 @@ fn calls_of(role: Role) -> Result<Rules, seccompiler::BackendError> {
         Role::Queue => &[SPAWN, OLD, TRANSFERS, QUEUE, DISK],
         Role::Disk => &[SPAWN, OLD, TRANSFERS, DISK],
         Role::Timer => &[SPAWN, TRANSFERS],
+        Role::Logger => &[],
     };
     let listed = std::iter::once(&ALL).chain(lists).flat_map(|list| list.iter());
     let mut rules: Rules = listed.map(|call| (*call, Vec::new())).collect();
