@@ -31,7 +31,7 @@ use super::split_ring::Layout;
 use super::tmf::ControlQueue;
 use super::wire::Config;
 use super::worker::Worker;
-use super::{Device, FIXED_QUEUES, Offer, refused};
+use super::{Device, FIXED_QUEUES, Offer, event_fd, refused};
 use crate::scsi::{Nexus, Port, address, lun};
 
 const CONTROL_QUEUE: usize = 0;
@@ -387,6 +387,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
     }
 
     fn set_vring_kick(&mut self, index: u8, kick: Option<File>) -> Result<()> {
+        let kick = event_fd::check(kick)?;
         let (at, _) = self.ring(index)?;
         self.stop(at);
         let (_, ring) = self.ring(index)?;
@@ -396,6 +397,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
     }
 
     fn set_vring_call(&mut self, index: u8, call: Option<File>) -> Result<()> {
+        let call = event_fd::check(call)?;
         let (_, ring) = self.ring(index)?;
         if let Some(worker) = &ring.worker {
             let copy = call.as_ref().map(File::try_clone).transpose().map_err(refused)?;
@@ -405,7 +407,8 @@ impl VhostUserBackendReqHandlerMut for Connection {
         Ok(())
     }
 
-    fn set_vring_err(&mut self, index: u8, _: Option<File>) -> Result<()> {
+    fn set_vring_err(&mut self, index: u8, error: Option<File>) -> Result<()> {
+        event_fd::check(error)?;
         self.ring(index).map(|_| ())
     }
 
