@@ -51,6 +51,12 @@ pub struct Cli {
     #[arg(long, value_enum, default_value_t = Seccomp::Kill)]
     pub seccomp: Seccomp,
 
+    /// Seconds that connections have to end after SIGTERM or SIGINT. Then, or at a second signal, the program ends
+    /// with status 3 and leaves commands in flight to the in-flight region; 0 does not wait.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30,
+          value_parser = clap::value_parser!(u32).range(0..=86400))]
+    pub shutdown_timeout: u32,
+
     /// Print what this program can do, as JSON for management software, and exit.
     #[arg(long)]
     pub print_capabilities: bool,
@@ -179,4 +185,4 @@ Disk options (a comma in a path or value is doubled; without lun= the disks are 
                         or stall-ms-N (as a frozen file system)
 
 Log lines are chosen by the environment variable RUST_LOG (error, warn, info, debug).
-SIGHUP looks at the sizes of the disks again; SIGTERM and SIGINT end the program cleanly.";
+SIGHUP looks at the sizes of the disks again; SIGTERM and SIGINT end the program cleanly, a second one at once.";

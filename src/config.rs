@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -36,6 +37,39 @@ impl StartError {
 impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
+    }
+}
+
+/// What a path leads to, however it is spelled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Identity {
+    /// A file, by device and inode number.
+    File(u64, u64),
+    /// A device, by its number.
+    Device(u64),
+    /// A name in a directory, by the directory's device and inode number.
+    Name(u64, u64, std::ffi::OsString),
+    /// That cannot be told.
+    Unknown,
+}
+
+impl Identity {
+    /// The file or block device at `path`, or the name that one would get there.
+    fn of_disk(path: &Path) -> Self {
+        match path.metadata() {
+            Ok(meta) if meta.file_type().is_block_device() => Identity::Device(meta.rdev()),
+            Ok(meta) => Identity::File(meta.dev(), meta.ino()),
+            Err(_) => Self::of_name(path),
+        }
+    }
+
+    /// The name itself.
+    pub fn of_name(path: &Path) -> Self {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        match (parent.unwrap_or(Path::new(".")).metadata(), path.file_name()) {
+            (Ok(meta), Some(name)) => Identity::Name(meta.dev(), meta.ino(), name.to_owned()),
+            _ => Identity::Unknown,
+        }
     }
 }
 
@@ -311,16 +345,40 @@ fn assign_luns(disks: &[DiskConfig]) -> Result<Vec<LunNumber>, StartError> {
     Ok(luns)
 }
 
+/// No file is given twice, by whatever names, unless nobody writes to it.
+fn check_distinct(disks: &[DiskConfig]) -> Result<(), StartError> {
+    let mut seen: Vec<(Identity, &DiskConfig)> = Vec::new();
+    for disk in disks {
+        let identity = Identity::of_disk(&disk.path);
+        let same = |(other, first): &&(Identity, &DiskConfig)| {
+            (disk.path == first.path || *other == identity && identity != Identity::Unknown)
+                && !(disk.read_only && first.read_only)
+        };
+        if let Some((_, first)) = seen.iter().find(same) {
+            // Paths that differ by a `.` count as equal.
+            let as_well = match first.path.as_os_str() == disk.path.as_os_str() {
+                true => String::new(),
+                false => format!(", also as {}", first.path.display()),
+            };
+            let path = disk.path.display();
+            return Err(StartError::usage(format!("{path}: is given twice{as_well}")));
+        }
+        seen.push((identity, disk));
+    }
+    Ok(())
+}
+
 /// Opens all disks. Files are created last, and if one cannot be, those created before it go again:
-/// a start that fails changes nothing.
+/// a start that fails changes nothing. They go as well unless [`Created::keep`] is called, when nothing can fail any more.
 ///
 /// # Errors
 /// The first thing that is wrong.
-pub fn open_disks(disks: &[DiskConfig]) -> Result<Vec<Arc<Lun>>, StartError> {
+pub fn open_disks(disks: &[DiskConfig]) -> Result<(Vec<Arc<Lun>>, Created), StartError> {
     if disks.is_empty() {
         return Err(StartError::usage("no DISK given; thinlun --help shows how"));
     }
     let luns = assign_luns(disks)?;
+    check_distinct(disks)?;
     let mut created = Created::default();
     let mut open = Vec::new();
     for (index, disk) in disks.iter().enumerate() {
@@ -344,8 +402,7 @@ pub fn open_disks(disks: &[DiskConfig]) -> Result<Vec<Arc<Lun>>, StartError> {
         let unit = Lun::new(settings, index, disk.wrapped(store)?);
         units.push(Arc::new(unit.map_err(|e| disk.host_error(&e.to_string()))?));
     }
-    created.keep();
-    Ok(units)
+    Ok((units, created))
 }
 
 fn open_existing(disk: &DiskConfig) -> Result<FileStore, StartError> {
@@ -362,7 +419,8 @@ fn open_existing(disk: &DiskConfig) -> Result<FileStore, StartError> {
 
 /// Files created by this start, removed again unless it succeeds.
 #[derive(Default)]
-struct Created(Vec<PathBuf>);
+#[must_use = "the files go with it"]
+pub struct Created(Vec<PathBuf>);
 
 impl Created {
     fn create(&mut self, disk: &DiskConfig, size: u64) -> Result<(), StartError> {
@@ -371,7 +429,8 @@ impl Created {
         Ok(())
     }
 
-    fn keep(mut self) {
+    /// They stay.
+    pub fn keep(mut self) {
         self.0.clear();
     }
 }

@@ -6,7 +6,7 @@
 //! thread → the same worker writes the response and publishes the used buffer.
 //!
 //! Imports run one way: `map` uses `store` alone, `vhost` and `daemon` use `scsi` and `store`, `scsi` uses `store`, `store`
-//! uses nothing of ours but [`sandbox`], which all make their threads with.
+//! uses nothing of ours but [`sandbox`], which all make their threads with, and [`limits`].
 #![deny(unsafe_code, missing_docs, rust_2018_idioms, unreachable_pub)]
 #![deny(
     clippy::unwrap_used,
@@ -25,6 +25,7 @@
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod limits;
 pub mod logger;
 pub mod map;
 pub mod sandbox;

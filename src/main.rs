@@ -9,11 +9,11 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     thinlun::logger::begin();
     let result = match &cli.command {
-        Some(Command::Map(args)) => thinlun::map::run(args),
+        Some(Command::Map(args)) => thinlun::map::run(args).map(|()| ExitCode::SUCCESS),
         None => thinlun::daemon::run(&cli),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(error) => {
             eprintln!("thinlun: {error}");
             ExitCode::from(error.status)

@@ -52,11 +52,13 @@ pub enum Role {
     Names,
     /// Waits for time to pass.
     Timer,
+    /// Writes log lines.
+    Logger,
 }
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Main,
         Self::Connection,
         Self::Queue,
@@ -64,6 +66,7 @@ impl Role {
         Self::Disk,
         Self::Names,
         Self::Timer,
+        Self::Logger,
     ];
 }
 
@@ -117,7 +120,7 @@ pub fn enter(reach: &[Reach], violation: Option<Violation>) -> io::Result<Vec<St
     let (tasks, inbox) = mpsc::channel::<Task>();
     let work = move || inbox.into_iter().for_each(|task| task());
     let maker = thread::Builder::new().name("maker".into()).spawn(work)?;
-    limits.confine(Role::Main)?;
+    limits.of(Role::Main)?.confine()?;
     // It fails only if this was done already.
     let _ = INSIDE.set(Inside { tasks, maker: maker.thread().id(), limits });
     Ok(missing)
@@ -165,8 +168,10 @@ pub fn spawn<T: Send + 'static>(
     let kept = Arc::new(Mutex::new(Some(work)));
     let taken = Arc::clone(&kept);
     ask(move || {
+        // Here, where a want of descriptors is an error.
+        let limits = INSIDE.get().map(|inside| inside.limits.of(role)).transpose()?;
         thread::Builder::new().name(name).spawn(move || {
-            let confined = INSIDE.get().map_or(Ok(()), |inside| inside.limits.confine(role));
+            let confined = limits.map_or(Ok(()), RoleLimits::confine);
             let work = taken.lock().unwrap_or_else(PoisonError::into_inner).take();
             match (confined, work) {
                 (Ok(()), Some(work)) => work(),
@@ -196,15 +201,34 @@ fn of_each_role<T>(make: impl Fn(Role) -> io::Result<T>) -> io::Result<Vec<(Role
     Role::ALL.into_iter().map(|role| Ok((role, make(role)?))).collect()
 }
 
+/// The limits of one thread.
+struct RoleLimits<'a> {
+    domain: Option<RulesetCreated>,
+    filters: &'a [BpfProgram],
+}
+
 impl Limits {
-    /// Holds this thread to a role.
-    fn confine(&self, role: Role) -> io::Result<()> {
-        let domains = self.domains.iter().flatten();
-        for (_, domain) in domains.filter(|(of, _)| *of == role) {
-            domain.try_clone()?.restrict_self().map_err(io::Error::other)?;
+    /// What a thread of this role takes away from itself.
+    ///
+    /// # Errors
+    /// If the host has no file descriptor left.
+    fn of(&self, role: Role) -> io::Result<RoleLimits<'_>> {
+        let domain = self.domains.iter().flatten().find(|(of, _)| *of == role);
+        let filters = self.filters.iter().find(|(of, _)| *of == role);
+        Ok(RoleLimits {
+            domain: domain.map(|(_, domain)| domain.try_clone()).transpose()?,
+            filters: filters.map_or(&[], |(_, filters)| filters),
+        })
+    }
+}
+
+impl RoleLimits<'_> {
+    /// Holds this thread to them.
+    fn confine(self) -> io::Result<()> {
+        if let Some(domain) = self.domain {
+            domain.restrict_self().map_err(io::Error::other)?;
         }
-        let filters = self.filters.iter().filter(|(of, _)| *of == role);
-        filters.flat_map(|(_, filters)| filters).try_for_each(install)
+        self.filters.iter().try_for_each(install)
     }
 }
 
@@ -514,7 +538,7 @@ fn calls_of(role: Role) -> Built<Rules> {
         Role::Queue => (&[QUEUE, old::POLL, TRANSFERS], &[]),
         Role::Disk => (&[TRANSFERS, DISK], DISK_REQUESTS),
         Role::Names => (&[NAMES], &[]),
-        Role::Timer | Role::Watchdog => (&[], &[]),
+        Role::Timer | Role::Watchdog | Role::Logger => (&[], &[]),
     };
     let mut rules = listed(std::iter::once(ALL).chain(lists.iter().copied()))?;
     if !requests.is_empty() {

@@ -239,6 +239,117 @@ fn paths_that_cannot_be_sockets() {
     assert_refused(at(scratch.path()), &[]);
     let long = scratch.join("x".repeat(120));
     assert_refused(at(&long), &["xxxxx"]);
+    // sun_path has 108 bytes, one of them for the zero at the end.
+    let of_length = |length| scratch.join("y".repeat(length - scratch.join("").as_os_str().len()));
+    assert_refused(at(&of_length(108)), &["yyyy", "108 bytes long", "at most 107"]);
+    assert_serves(&at(&of_length(107)).spawn());
+}
+
+/// A daemon that is one of several, ended with this value.
+struct Racer(std::process::Child, std::path::PathBuf);
+
+impl Racer {
+    fn start(scratch: &Scratch, n: usize) -> Self {
+        let log = scratch.join(format!("{n}.log"));
+        let mut command = Command::new(daemon::BINARY);
+        command.arg("--socket-path").arg(scratch.join("vhost.sock"));
+        command.arg(scratch.image(&format!("{n}.img"), MIB));
+        command.stderr(fs::File::create(&log).unwrap()).env_remove("RUST_LOG");
+        Racer(command.spawn().unwrap(), log)
+    }
+}
+
+impl Drop for Racer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Of daemons that start at once and find the same stale socket, one serves, and the others say why they do not.
+#[test]
+fn a_stale_socket_is_replaced_by_one() {
+    for round in 0..20 {
+        let scratch = Scratch::new();
+        let path = scratch.join("vhost.sock");
+        if round % 2 == 0 {
+            drop(UnixListener::bind(&path).unwrap());
+        }
+        let mut all: Vec<_> = (0..4).map(|n| Racer::start(&scratch, n)).collect();
+        let mut refused = 0;
+        eventually("all but one are refused", || {
+            all.retain_mut(|Racer(child, log)| {
+                let Some(status) = child.try_wait().unwrap() else { return true };
+                let text = fs::read_to_string(log).unwrap();
+                assert_eq!(status.code(), Some(1), "{text}");
+                assert!(text.contains("is in use by another process"), "{text}");
+                refused += 1;
+                false
+            });
+            refused == 3
+        });
+        let Racer(child, log) = &all[0];
+        let diagnosis = daemon::Diagnosis::of(log.clone(), child.id() as i32);
+        eventually("the one that is left listens", || is_listened_on(&path));
+        let stream = UnixStream::connect(&path).unwrap();
+        FrontEnd::builder().attach(stream, diagnosis).ready_lun(0, 0).read10(0, 8);
+    }
+}
+
+/// Another process holds the lock of the directory.
+#[test]
+fn a_socket_waits_for_the_lock_of_its_directory() {
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", MIB);
+    let directory = fs::File::open(scratch.path()).unwrap();
+    directory.lock().unwrap();
+    let socket = scratch.join("vhost.sock");
+    let mut daemon = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(A_MOMENT);
+            assert!(!socket.exists(), "it was made under another's lock");
+            directory.unlock().unwrap();
+        });
+        Daemon::builder(&scratch).disk(&disk, "").spawn()
+    });
+    assert_eq!(daemon.terminate().code(), Some(0));
+}
+
+/// One file by several names.
+#[test]
+fn a_name_is_recognised_however_it_is_spelled() {
+    let scratch = Scratch::new();
+    let elsewhere = Scratch::new();
+    fs::create_dir(scratch.join("sub")).unwrap();
+    symlink(scratch.path(), elsewhere.join("link")).unwrap();
+    let spelled = |name: &str| {
+        [
+            scratch.join("./.").join(name),
+            scratch.join("sub/..").join(name),
+            elsewhere.join("link").join(name),
+        ]
+    };
+    let disk = scratch.image("disk.img", MIB);
+    for path in spelled("vhost.sock") {
+        let builder = Daemon::builder(&scratch).disk(&disk, "").arg("--socket-path").arg(&path);
+        assert_refused(builder, &["given twice", "vhost.sock and as ", path.to_str().unwrap()]);
+    }
+    symlink(&disk, scratch.join("symlink.img")).unwrap();
+    fs::hard_link(&disk, scratch.join("hardlink.img")).unwrap();
+    let links = ["symlink.img", "hardlink.img"].map(|name| scratch.join(name));
+    for path in spelled("disk.img").iter().chain(&links) {
+        let builder = Daemon::builder(&scratch).disk(&disk, "").disk(path, "");
+        let names = ["given twice", disk.to_str().unwrap(), path.to_str().unwrap()];
+        assert_refused(builder, &names);
+    }
+    assert_refused(Daemon::builder(&scratch).disk(&disk, "").disk(&disk, ""), &["given twice"]);
+    // Those that are to be made.
+    for path in spelled("new.img") {
+        let builder = Daemon::builder(&scratch).disk(&scratch.join("new.img"), "size=1M");
+        assert_refused(builder.disk(&path, "size=1M"), &["given twice"]);
+    }
+    // Readers share.
+    drop(Daemon::builder(&scratch).disk(&disk, "readonly").disk(&links[0], "readonly").spawn());
 }
 
 #[test]
@@ -501,7 +612,78 @@ fn descriptors_that_are_no_sockets() {
     let scratch = Scratch::new();
     let disk = scratch.image("disk.img", MIB);
     let file: OwnedFd = fs::File::open("/dev/null").unwrap().into();
-    assert_refused(Daemon::builder(&scratch).disk(&disk, "").with_fd(file, 42), &["42"]);
+    let start = || Daemon::builder(&scratch).disk(&disk, "");
+    assert_refused(start().with_fd(file, 42), &["42", "not a socket"]);
+    let (pipe, _end) = nix::unistd::pipe().unwrap();
+    assert_refused(start().with_fd(pipe, 42), &["42", "not a socket"]);
+    assert_refused(start().without_socket().args(["--fd", "42"]), &["42", "not open"]);
+}
+
+/// Sockets that vhost-user is not spoken over.
+#[test]
+fn sockets_of_the_wrong_kind() {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket, socketpair};
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", MIB);
+    let start = || Daemon::builder(&scratch).disk(&disk, "");
+    let pair = |kind| socketpair(AddressFamily::Unix, kind, None, SockFlag::empty()).unwrap();
+    for (kind, word) in [(SockType::Datagram, "datagram"), (SockType::SeqPacket, "packet")] {
+        let (theirs, _ours) = pair(kind);
+        assert_refused(start().with_fd(theirs, 42), &["42", word]);
+        let (theirs, _ours) = pair(kind);
+        assert_refused(start().with_listen_fd(theirs), &["3", word]);
+    }
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    assert_refused(start().with_fd(tcp.into(), 42), &["42", "not a UNIX socket"]);
+    let idle = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None).unwrap();
+    assert_refused(start().with_fd(idle, 42), &["42", "neither listens nor is connected"]);
+    // One socket by two numbers.
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    let copy = theirs.try_clone().unwrap();
+    let builder = start().with_fd(theirs.into(), 42).with_fd(copy.into(), 43);
+    assert_refused(builder, &["42", "43", "given twice"]);
+}
+
+/// Sockets as their makers may leave them.
+#[test]
+fn a_socket_may_wait_or_not() {
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", MIB);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    let daemon = Daemon::builder(&scratch).disk(&disk, "").with_fd(theirs.into(), 41).spawn();
+    FrontEnd::builder().attach(ours, daemon.diagnosis()).ready_lun(0, 0).read10(0, 8);
+    drop(daemon);
+    // A front end that came and was taken by somebody else: nobody waits for it.
+    let path = scratch.join("shared.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let theirs = listener.try_clone().unwrap();
+    let mut daemon = Daemon::builder(&scratch).disk(&disk, "").with_fd(theirs.into(), 41).spawn();
+    eventually("the socket is set to wait for nobody", || {
+        let flags = nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+        flags & libc::O_NONBLOCK != 0
+    });
+    assert_eq!(daemon.terminate().code(), Some(0));
+}
+
+/// What systemd, or whoever sets its variables, may get wrong.
+#[test]
+fn variables_of_systemd_that_fit_nothing() {
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", MIB);
+    let with = |variables: &str| {
+        let script = format!("export {variables}; exec \"$0\" \"$@\"");
+        Daemon::builder(&scratch).under("sh", &["-c", &script]).disk(&disk, "")
+    };
+    let without = |variables: &str| with(variables).without_socket();
+    assert_refused(without("LISTEN_FDS=0 LISTEN_PID=$$"), &["LISTEN_FDS is 0"]);
+    assert_refused(without("LISTEN_FDS=two LISTEN_PID=$$"), &["LISTEN_FDS", "two"]);
+    assert_refused(without("LISTEN_FDS=1 LISTEN_PID=1"), &["process 1 ", "LISTEN_PID"]);
+    assert_refused(without("LISTEN_FDS=1"), &["no socket"]);
+    assert_refused(without("LISTEN_FDS=1 LISTEN_PID=$$"), &["3"]);
+    assert_refused(with("LISTEN_FDS=1 LISTEN_PID=$$"), &["--socket-path", "LISTEN_FDS"]);
+    // What is for another process is none of our business.
+    assert_serves(&with("LISTEN_FDS=1 LISTEN_PID=1").spawn());
 }
 
 // ----- ends -----------------------------------------------------------------------------------

@@ -535,7 +535,7 @@ fn random_shape(rng: &mut Rng) -> Shape {
         writable: cuts,
         indirect: rng.one_in(2),
         skew: rng.below(64) as usize,
-        region: None,
+        ..Shape::default()
     }
 }
 

@@ -31,7 +31,7 @@ pub fn run(bytes: &[u8]) {
         }
     }
     let _ = ours.shutdown(Shutdown::Write);
-    DEVICE.with(|device| device.serve(thinlun::scsi::Port(1), theirs));
+    DEVICE.with(|device| device.serve(thinlun::scsi::Port(1), &theirs));
 }
 
 /// Sends a message; says whether more can be sent.

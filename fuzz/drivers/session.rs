@@ -76,7 +76,7 @@ impl Session {
     fn with_features(size: u64, version: u64) -> Self {
         let (stream, other) = UnixStream::pair().expect("sockets");
         let device = device();
-        let served = Some(std::thread::spawn(move || device.serve(thinlun::scsi::Port(1), other)));
+        let served = Some(std::thread::spawn(move || device.serve(thinlun::scsi::Port(1), &other)));
         let session = Session { stream, served, memory: memfd(size) };
         session.tell(3, &[], &[]);
         let features: u64 = 1 << 28 | 1 << 29 | 1 << 30 | version;

@@ -1,41 +1,42 @@
 //! The process: sockets, signals, and on each socket one guest after another.
 
+mod ports;
 mod signals;
 mod socket;
 
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
-
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::cli::{Cli, IoEngine, Sandbox};
 use crate::config::{DiskConfig, StartError, open_disks};
-use crate::sandbox::{self, Reach, Role};
-use crate::scsi::{Port, Target, background};
+use crate::sandbox::{self, Reach};
+use crate::scsi::{Target, background};
 use crate::store::engine::uring;
 use crate::store::file::stable_name;
 use crate::vhost::{Device, Offer};
-use signals::{Signal, Signals};
-use socket::{Checked, Endpoint, Socket};
+use crate::{limits, logger};
+use ports::Ports;
+use signals::Signals;
+use socket::{Checked, Endpoint};
+
+/// Exit status of a daemon that was asked to end and did, with commands in flight.
+const LEFT_BEHIND: u8 = 3;
 
 /// What `--print-capabilities` prints (vhost-user backend program conventions).
 const CAPABILITIES: &str = r#"{"type": "scsi"}"#;
 
-/// Runs the program until it is asked to end.
+/// Runs the program until it is asked to end. The exit status is 3 if it ended with commands in flight, else 0.
 ///
 /// # Errors
 /// If it cannot start; then nothing has changed.
-pub fn run(cli: &Cli) -> Result<(), StartError> {
+pub fn run(cli: &Cli) -> Result<ExitCode, StartError> {
     if cli.print_capabilities {
         println!("{CAPABILITIES}");
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
+    limits::raise_open_files();
     let disks = cli.disks.iter().map(|a| DiskConfig::parse(a)).collect::<Result<Vec<_>, _>>()?;
     let endpoints = Endpoint::from_cli(cli)?;
     if cli.io_engine == IoEngine::IoUring && !uring::is_there() {
@@ -46,7 +47,7 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
     // Before there is any other thread, so that all of them have these signals blocked.
     let signals = Signals::block().map_err(|e| StartError::host(format!("signals: {e}")))?;
     let checked: Vec<_> = endpoints.into_iter().map(Endpoint::check).collect::<Result<_, _>>()?;
-    let units = open_disks(&disks)?;
+    let (units, created) = open_disks(&disks)?;
     let sockets: Vec<_> = checked.into_iter().map(Checked::open).collect::<Result<_, _>>()?;
     for unit in &units {
         let s = unit.settings();
@@ -62,23 +63,32 @@ pub fn run(cli: &Cli) -> Result<(), StartError> {
     }
     lock_in(cli, &disks)?;
     for unit in &units {
-        let started = unit.store().pool().start();
-        started.map_err(|e| StartError::host(format!("a thread for each disk: {e}")))?;
+        unit.store().pool().start().map_err(|e| {
+            let why = limits::behind(&e).unwrap_or_else(|| e.to_string());
+            StartError::host(format!("a thread for each disk: {why}"))
+        })?;
     }
-    units.iter().for_each(background::resume);
+    let short =
+        |e: std::io::Error| StartError::host(limits::behind(&e).unwrap_or_else(|| e.to_string()));
+    logger::detach().map_err(short)?;
     let offer = Offer {
         request_queues: cli.num_queues.into(),
         config_space: cli.config_space,
         engine: cli.io_engine.into(),
         poll: Duration::from_micros(cli.poll_us.into()),
     };
-    let ports: Vec<_> =
-        (1..).map(Port).zip(sockets).map(|(port, s)| Serving::of(port, s)).collect();
-    let count = u16::try_from(ports.len()).unwrap_or(u16::MAX);
-    let device = Device::new(Arc::new(Target::new(units, count)), offer)
-        .map_err(|e| StartError::host(format!("watchdog thread: {e}")))?;
-    let device = Arc::new(device);
-    serve(&device, ports, &signals).map_err(|e| StartError::host(e.to_string()))
+    let count = u16::try_from(sockets.len()).unwrap_or(u16::MAX);
+    let target = Arc::new(Target::new(units, count));
+    let device = Arc::new(Device::new(Arc::clone(&target), offer).map_err(short)?);
+    target.disks().iter().for_each(background::resume);
+    let ports = Ports::open(&device, &signals, sockets).map_err(short)?;
+    created.keep();
+    let all_ended = ports.serve(Duration::from_secs(cli.shutdown_timeout.into()));
+    logger::finish();
+    // The kernel closes the images: where their file system hangs, that waits in it, and here it would keep the end
+    // of the others waiting.
+    std::mem::forget(device);
+    Ok(if all_ended { ExitCode::SUCCESS } else { ExitCode::from(LEFT_BEHIND) })
 }
 
 /// Leaves nothing that serving does not need.
@@ -105,129 +115,6 @@ fn reach(disks: &[DiskConfig], sockets: &[PathBuf]) -> Vec<Reach> {
     let beside = disks.iter().filter(changes).filter_map(|disk| folder(&disk.path));
     let sockets = sockets.iter().filter_map(|path| folder(path));
     beside.map(Reach::Beside).chain(sockets.map(Reach::Socket)).collect()
-}
-
-/// Serves one connection after another on every socket until a signal says to end, or the only connections
-/// there were have gone.
-fn serve(device: &Arc<Device>, mut all: Vec<Serving>, signals: &Signals) -> std::io::Result<()> {
-    for serving in &mut all {
-        serving.begin(device)?;
-    }
-    while all.iter().any(Serving::has_more) {
-        let fds = std::iter::once(Some(PollFd::new(signals.as_fd(), PollFlags::POLLIN)));
-        let fds: Vec<_> = fds.chain(all.iter().map(Serving::waits_for)).collect();
-        let ready = wait(&fds)?;
-        drop(fds);
-        if ready.first() == Some(&true) {
-            match signals.next()? {
-                Some(Signal::End) => break,
-                Some(Signal::Refresh) => device.refresh_capacities(),
-                None => {}
-            }
-        }
-        for (serving, _) in all.iter_mut().zip(ready.iter().skip(1)).filter(|(_, ready)| **ready) {
-            serving.go_on(device)?;
-        }
-    }
-    all.into_iter().for_each(Serving::end);
-    Ok(())
-}
-
-/// Waits for one of the descriptors; says which are ready.
-fn wait(fds: &[Option<PollFd<'_>>]) -> std::io::Result<Vec<bool>> {
-    let mut present: Vec<PollFd<'_>> = fds.iter().flatten().cloned().collect();
-    match poll(&mut present, PollTimeout::NONE) {
-        Ok(_) | Err(Errno::EINTR) => {}
-        Err(error) => return Err(error.into()),
-    }
-    let mut ready = present.iter().map(|fd| fd.any().unwrap_or(false));
-    Ok(fds.iter().map(|fd| fd.is_some() && ready.next() == Some(true)).collect())
-}
-
-/// A port: its socket, and the connection that is served on it now.
-struct Serving {
-    port: Port,
-    socket: Socket,
-    connected: Option<Connected>,
-}
-
-impl Serving {
-    fn of(port: Port, socket: Socket) -> Self {
-        Serving { port, socket, connected: None }
-    }
-
-    /// Whether it serves somebody, or may do so.
-    fn has_more(&self) -> bool {
-        self.connected.is_some() || self.socket.is_listening()
-    }
-
-    /// What there is to wait for: the end of the connection, or the next one; that one waits in the backlog
-    /// until the last one's requests have ended.
-    fn waits_for(&self) -> Option<PollFd<'_>> {
-        let fd = match &self.connected {
-            Some(connected) => Some(connected.done.as_fd()),
-            None => self.socket.listener().map(AsFd::as_fd),
-        };
-        fd.map(|fd| PollFd::new(fd, PollFlags::POLLIN))
-    }
-
-    /// Takes up a connection that was handed over.
-    fn begin(&mut self, device: &Arc<Device>) -> std::io::Result<()> {
-        match self.socket.take_connected() {
-            Some(stream) => self.connect(device, stream),
-            None => Ok(()),
-        }
-    }
-
-    /// What it waited for has come.
-    fn go_on(&mut self, device: &Arc<Device>) -> std::io::Result<()> {
-        if let Some(connected) = self.connected.take() {
-            connected.end();
-            return Ok(());
-        }
-        match self.socket.accept()? {
-            Some(stream) => self.connect(device, stream),
-            None => Ok(()),
-        }
-    }
-
-    fn connect(&mut self, device: &Arc<Device>, stream: UnixStream) -> std::io::Result<()> {
-        self.connected = Some(Connected::start(device, self.port, stream)?);
-        Ok(())
-    }
-
-    /// Ends its connection; when this returns nothing of it is in flight.
-    fn end(self) {
-        self.connected.into_iter().for_each(Connected::end);
-    }
-}
-
-/// A connection that is served.
-struct Connected {
-    stream: UnixStream,
-    done: Arc<EventFd>,
-    thread: JoinHandle<()>,
-}
-
-impl Connected {
-    fn start(device: &Arc<Device>, port: Port, stream: UnixStream) -> std::io::Result<Self> {
-        log::info!("port {}: front end connected", port.0);
-        let done = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
-        let (device, served, end) = (Arc::clone(device), stream.try_clone()?, Arc::clone(&done));
-        let thread = sandbox::spawn("connection".into(), Role::Connection, move || {
-            device.serve(port, served);
-            let _ = end.write(1);
-        })?;
-        Ok(Connected { stream, done, thread })
-    }
-
-    /// Ends the connection; when this returns nothing is in flight.
-    fn end(self) {
-        let _ = self.stream.shutdown(std::net::Shutdown::Read);
-        if self.thread.join().is_err() {
-            log::error!("connection thread failed");
-        }
-    }
 }
 
 #[cfg(test)]

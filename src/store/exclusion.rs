@@ -118,6 +118,12 @@ impl Exclusion {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether an operation is under way, as far as that can be seen without waiting.
+    pub fn is_in_use(&self) -> bool {
+        let counted = self.counters.iter().any(|c| c.0.load(Ordering::SeqCst) > 0);
+        counted || !self.state().shared.is_empty()
+    }
+
     fn count(&self, counter: usize) -> Option<&AtomicUsize> {
         self.counters.get(counter).map(|c| &c.0)
     }

@@ -223,7 +223,7 @@ pub enum Cause {
     ReadOnly,
     /// The data cannot be read or written (EIO and everything that is not known better).
     Medium,
-    /// The host is short of memory or another resource right now (ENOMEM, EAGAIN).
+    /// The host is short of memory or another resource right now (ENOMEM, EAGAIN, EMFILE, ENFILE).
     Busy,
     /// Withdrawn before it began, or stopped at a clean boundary, because somebody asked for it.
     Cancelled,
@@ -247,7 +247,7 @@ impl From<&io::Error> for Cause {
         match error.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => Cause::NoSpace,
             Some(libc::EROFS | libc::EPERM | libc::EACCES | libc::EBADF) => Cause::ReadOnly,
-            Some(libc::ENOMEM | libc::EAGAIN) => Cause::Busy,
+            Some(libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE) => Cause::Busy,
             _ => Cause::Medium,
         }
     }

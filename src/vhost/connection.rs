@@ -38,7 +38,7 @@ use super::split_ring::Layout;
 use super::tmf::ControlQueue;
 use super::wire::Config;
 use super::worker::{Host, Worker};
-use super::{Device, FIXED_QUEUES, Offer, refused, wrong};
+use super::{Device, FIXED_QUEUES, Offer, event_fd, refused, wrong};
 use crate::scsi::{Nexus, Port, address, lun};
 
 const CONTROL_QUEUE: usize = 0;
@@ -203,7 +203,7 @@ impl Connection {
 
     /// Starts the thread of a ring.
     fn start_worker(&self, index: usize, ring: Ring, kick: Option<File>) -> io::Result<Worker> {
-        let Device { target, offer, connections, watchdog } = self.device.as_ref();
+        let Device { target, offer, connections, watchdog, .. } = self.device.as_ref();
         let host = Host { target: Arc::clone(target), watchdog: watchdog.clone() };
         let (target, nexus) = (Arc::clone(target), Arc::clone(&self.nexus));
         let (mailbox, inbox) = Mailbox::new()?;
@@ -488,6 +488,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
 
     /// Without a descriptor (bit 8 of the payload) the ring is polled.
     fn set_vring_kick(&mut self, index: u8, kick: Option<File>) -> Result<()> {
+        let kick = event_fd::check(kick)?;
         let (at, _) = self.ring(index)?;
         self.stop(at);
         self.queues.told(at);
@@ -497,6 +498,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
     }
 
     fn set_vring_call(&mut self, index: u8, call: Option<File>) -> Result<()> {
+        let call = event_fd::check(call)?;
         let (_, ring) = self.ring(index)?;
         if let Some(worker) = &ring.worker {
             let copy = call.as_ref().map(File::try_clone).transpose().map_err(refused)?;
@@ -506,7 +508,8 @@ impl VhostUserBackendReqHandlerMut for Connection {
         Ok(())
     }
 
-    fn set_vring_err(&mut self, index: u8, _: Option<File>) -> Result<()> {
+    fn set_vring_err(&mut self, index: u8, error: Option<File>) -> Result<()> {
+        event_fd::check(error)?;
         self.ring(index).map(|_| ())
     }
 

@@ -6,6 +6,7 @@
 
 mod connection;
 mod dirty_log;
+mod event_fd;
 mod events;
 mod guest_buf;
 mod inflight;
@@ -25,12 +26,14 @@ use std::fmt::Display;
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use vhost::vhost_user::Error;
 
+use crate::limits;
 use crate::scsi::{Lun, Port, Target, Tasks, UnitAttention};
 use crate::store::engine::EngineKind;
 use connection::Connection;
@@ -88,6 +91,8 @@ pub struct Device {
     offer: Offer,
     connections: Arc<Connections>,
     watchdog: Watchdog,
+    /// For each disk, how often its size was asked for since that was last begun to be found out.
+    asked: Vec<AtomicU32>,
 }
 
 impl Drop for Device {
@@ -105,23 +110,24 @@ impl Device {
         let connections = Arc::new(Connections(Mutex::default()));
         let tasks: Arc<dyn Tasks> = Arc::<Connections>::clone(&connections);
         target.set_tasks(Arc::downgrade(&tasks));
-        Ok(Device { target, offer, connections, watchdog: Watchdog::start()? })
+        let asked = target.disks().iter().map(|_| AtomicU32::new(0)).collect();
+        Ok(Device { target, offer, connections, watchdog: Watchdog::start()?, asked })
     }
 
     /// Serves one connection by a port, which has no other, until the front end goes away or
-    /// [`UnixStream::shutdown`] is called for reading on a clone of `stream`. When it returns, nothing is in flight and the guest's memory is unmapped.
-    pub fn serve(self: &Arc<Self>, port: Port, stream: UnixStream) {
+    /// [`UnixStream::shutdown`] is called for reading on `stream`. When it returns, nothing is in flight and the guest's memory is unmapped.
+    pub fn serve(self: &Arc<Self>, port: Port, stream: &UnixStream) {
         let mut connection = Connection::new(Arc::clone(self), port);
         self.connections.all().push((port, connection.queues()));
-        let end = messages::serve(&stream, &mut connection);
+        let end = messages::serve(stream, &mut connection);
         let gone =
             matches!(end, Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage);
         if !gone {
-            close(&stream);
+            close(stream);
         }
         connection.stop_all(true);
         // Only now: a front end that sees its connection break takes what is answered by then for all there is.
-        close(&stream);
+        close(stream);
         self.connections.all().retain(|(of, _)| *of != port);
         self.target.disconnected(port);
         match gone {
@@ -130,15 +136,44 @@ impl Device {
         }
     }
 
-    /// Looks at the disks' sizes again and tells initiators about those that changed.
-    pub fn refresh_capacities(&self) {
-        for disk in self.target.disks() {
+    /// Looks at the disks' sizes again and tells initiators about those that changed. Each disk is asked on its own
+    /// pool, because its file system may hang: that keeps nobody waiting, and however often it is asked meanwhile, it
+    /// is asked once more afterwards.
+    pub fn refresh_capacities(self: &Arc<Self>) {
+        for (disk, asked) in self.target.disks().iter().zip(&self.asked) {
+            if asked.fetch_add(1, Ordering::AcqRel) == 0 {
+                let (device, disk) = (Arc::clone(self), Arc::clone(disk));
+                let pool = Arc::clone(disk.store());
+                let begun = pool.pool().run(Box::new(move || device.refresh_capacity(&disk)));
+                if begun.is_err() {
+                    asked.store(0, Ordering::Release);
+                }
+            }
+        }
+    }
+
+    /// Blocks.
+    fn refresh_capacity(&self, disk: &Lun) {
+        let Some(asked) = self.asked.get(disk.index()) else { return };
+        let mut times = asked.load(Ordering::Acquire);
+        while times > 0 {
             match disk.refresh_capacity() {
                 Ok(false) => {}
                 Ok(true) => self.announce_capacity(disk),
                 Err(error) => log::error!("{}: size: {error}", disk.settings().serial),
             }
+            let answered = asked.compare_exchange(times, 0, Ordering::AcqRel, Ordering::Acquire);
+            times = answered.map_or_else(|more| more, |_| 0);
         }
+    }
+
+    /// The disks on which operations are under way, for people.
+    pub fn busy_disks(&self) -> Vec<String> {
+        let busy = |disk: &&Arc<Lun>| disk.exclusion().is_in_use() || disk.store().pool().is_busy();
+        let name = |disk: &Arc<Lun>| {
+            format!("target {} LUN {}", disk.settings().target, disk.settings().lun.get())
+        };
+        self.target.disks().iter().filter(busy).map(name).collect()
     }
 
     fn announce_capacity(&self, disk: &Lun) {
@@ -160,7 +195,7 @@ fn close(stream: &UnixStream) {
 /// Why a connection ended, for people.
 fn reason(end: &Error) -> String {
     match end {
-        Error::ReqHandlerError(error) => error.to_string(),
+        Error::ReqHandlerError(error) => limits::behind(error).unwrap_or_else(|| error.to_string()),
         other => other.to_string(),
     }
 }

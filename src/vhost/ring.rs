@@ -2,11 +2,11 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::dirty_log::DirtyLog;
+use super::event_fd::Call;
 use super::guest_buf::{Chain, Chains, CommandChain, Framing, Part};
 use super::inflight::Inflight;
 use super::memory::GuestMemory;
@@ -48,7 +48,7 @@ pub(super) struct Ring {
     layout: Layout,
     event_idx: bool,
     chains: Chains,
-    call: Option<File>,
+    call: Option<Call>,
     complaints: Complaints,
     /// Where the next request will be found.
     next_avail: u16,
@@ -114,7 +114,7 @@ impl Ring {
             layout,
             event_idx,
             chains: Chains::new(memory, framing),
-            call,
+            call: call.map(Call::new),
             complaints: Complaints::new(index),
             next_avail,
             seen_avail: next_avail,
@@ -278,9 +278,8 @@ impl Ring {
             return false;
         }
         let told = self.told_used.replace(self.shown_used);
-        if let (true, Some(mut call)) = (self.driver_wants_to_know(told), self.call.as_ref()) {
-            // It fails if the counter is full, and then the driver knows already.
-            let _ = call.write(&1u64.to_ne_bytes());
+        if let (true, Some(call)) = (self.driver_wants_to_know(told), self.call.as_ref()) {
+            call.tell();
         }
         true
     }
@@ -377,9 +376,9 @@ impl Ring {
 
     /// Another way to tell the driver. It is told at once, in case the old way lost something.
     pub(super) fn set_call(&mut self, call: Option<File>) {
-        self.call = call;
-        if let Some(mut call) = self.call.as_ref() {
-            let _ = call.write(&1u64.to_ne_bytes());
+        self.call = call.map(Call::new);
+        if let Some(call) = &self.call {
+            call.tell();
         }
     }
 

@@ -183,6 +183,12 @@ impl DaemonBuilder {
         self
     }
 
+    /// Passes no socket that we know of.
+    pub fn without_socket(mut self) -> Self {
+        self.endpoint = Endpoint::Inherited;
+        self
+    }
+
     /// A disk with options such as `readonly,lun=3`.
     pub fn disk(self, path: &Path, options: &str) -> Self {
         let mut arg = path.as_os_str().to_owned();
