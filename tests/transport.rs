@@ -579,6 +579,39 @@ fn a_ring_waits_for_its_memory() {
     }
 }
 
+/// What lies in a ring that is out of memory cannot be looked at; a function that is about it is answered all the same, and
+/// what it ended is not begun when the memory is back.
+#[test]
+fn functions_reach_what_lies_in_memory_that_is_away() {
+    const PLUGGED: u64 = 64 * GIB;
+    let daemon = Daemon::with_disk(DISK, "");
+    let layout = vec![RegionSpec::new(0, 8 * MIB), RegionSpec::new(PLUGGED, 4 * MIB).reserved()];
+    let fe = FrontEnd::builder().memory(layout, MemoryMessage::Slots).connect(&daemon);
+    fe.stop_queue(REQUESTS);
+    let place = |len| fe.memory().alloc_in(PLUGGED, len, 4096, 0);
+    let [desc, avail, used] = fe.queue(REQUESTS).ring().lengths().map(place);
+    move_ring(&fe, REQUESTS, desc, avail, used);
+    fe.start_queue(REQUESTS, 0);
+    let lun = fe.ready_lun(0, 0);
+    for (function, ends) in [
+        (Tmf::AbortTask, scsi::response::ABORTED),
+        (Tmf::AbortTaskSet, scsi::response::ABORTED),
+        (Tmf::LogicalUnitReset, scsi::response::RESET),
+    ] {
+        let read = lun.request(cdb::read10(8, 8)).data_in(4096).tag(77);
+        fe.take_away(PLUGGED);
+        let ticket = lun.submit(&read);
+        let code = fe.tmf(function, lun.address, 77);
+        assert_eq!(code, scsi::response::FUNCTION_COMPLETE, "{function:?}");
+        fe.give_back(PLUGGED);
+        let answer = fe.wait(ticket);
+        assert_eq!(answer.response, ends, "{function:?}");
+        assert_same(&answer.buffer, &[frontend::queue::POISON; 4096], "it never began");
+        lun.clear_unit_attentions();
+        lun.read16(8, 8);
+    }
+}
+
 /// A ring whose memory was not told of yet starts when it is.
 #[test]
 fn a_ring_may_be_told_of_before_its_memory() {

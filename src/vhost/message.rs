@@ -234,7 +234,8 @@ impl Queues {
 /// Most sweeps without anybody who waits for them that are kept for a ring: as many functions as a control queue holds.
 const MAX_UNREPORTED: usize = 1024;
 
-fn keep_unreported(kept: &mut Vec<Arc<Sweep>>, sweep: &Sweep) {
+/// Keeps a sweep for commands that lie where nobody can look now; nobody waits for it.
+pub(super) fn keep_unreported(kept: &mut Vec<Arc<Sweep>>, sweep: &Sweep) {
     let needed = sweep.ends_with.is_some() && !kept.iter().any(|other| other.covers(sweep));
     if needed && kept.len() < MAX_UNREPORTED {
         kept.push(Arc::new(sweep.unreported()));

@@ -8,7 +8,7 @@ use nix::sys::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
 use super::guest_buf::{CommandChain, Part};
-use super::message::{Message, Sweep};
+use super::message::{Message, Sweep, keep_unreported};
 use super::order::{Attribute, Order};
 use super::ring::Ring;
 use super::wire::{CommandResponse, Ended, Response};
@@ -66,6 +66,8 @@ pub(super) struct RequestQueue {
     order: Order<(Received, [u8; 8], Request)>,
     /// Taken together and not looked at yet.
     taken: VecDeque<CommandChain>,
+    /// What the ring is to be swept for when its memory is back: what lies in it has not begun.
+    later: Vec<Arc<Sweep>>,
     /// How often requests may still be taken in this pass.
     rounds: usize,
     /// The command whose transfer the queue's thread is making itself.
@@ -151,6 +153,7 @@ impl RequestQueue {
             },
             order: Order::default(),
             taken: VecDeque::new(),
+            later: Vec::new(),
             rounds: ROUNDS,
             calling: None,
             completions: Vec::new(),
@@ -378,6 +381,12 @@ impl RequestQueue {
 
 impl Service for RequestQueue {
     fn advance(&mut self, ring: &mut Ring, take: bool) -> Step {
+        if take && !self.later.is_empty() && !ring.is_away() {
+            self.take(ring, ring.size());
+            for sweep in std::mem::take(&mut self.later) {
+                self.sweep_taken(ring, &sweep);
+            }
+        }
         loop {
             while let Some(chain) = self.taken.pop_front() {
                 if let Some(call) = self.receive(ring, chain) {
@@ -462,7 +471,9 @@ impl Service for RequestQueue {
     fn sweep(&mut self, ring: &mut Ring, sweep: &Arc<Sweep>, take: bool) {
         // What the driver handed over before the function counts as received before it. A ring's worth: a driver that
         // adds more meanwhile adds it after the function.
-        if take {
+        if take && ring.is_away() {
+            keep_unreported(&mut self.later, sweep);
+        } else if take {
             self.take(ring, ring.size());
         }
         self.sweep_taken(ring, sweep);

@@ -212,6 +212,11 @@ impl Ring {
         Some((head, false))
     }
 
+    /// Whether it does not lie in memory now, so that nobody can tell what is in it.
+    pub(super) fn is_away(&self) -> bool {
+        self.away
+    }
+
     /// Whether there is a request to pop.
     pub(super) fn has_requests(&mut self) -> bool {
         !self.rests && (!self.left.is_empty() || self.has_new_requests())

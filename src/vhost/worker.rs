@@ -178,10 +178,11 @@ impl Worker {
                 threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
                 Ok(Worker { mailbox, ended, threads })
             }
-            Err(error) => match loan.lent.take() {
-                Some(state) => Err((error, state.inbox)),
-                None => Err((error, mpsc::channel().1)),
-            },
+            Err(error) => {
+                loan.over.store(true, Ordering::Release);
+                let state = loan.lent.take();
+                Err((error, state.map_or_else(|| mpsc::channel().1, |state| state.inbox)))
+            }
         }
     }
 
