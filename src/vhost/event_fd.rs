@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::stat::{SFlag, fstat};
+use nix::sys::stat::SFlag;
 use vhost::vhost_user::{Error, Result};
 
 /// Lets only event descriptors through, as far as can be seen: a pipe or a socket would block a queue when it is full.
@@ -14,7 +15,7 @@ use vhost::vhost_user::{Error, Result};
 /// again refuse to be written to.
 pub(super) fn check(file: Option<File>) -> Result<Option<File>> {
     let Some(file) = file else { return Ok(None) };
-    let mode = fstat(&file).map_err(|e| super::refused(e.into()))?.st_mode;
+    let mode = file.metadata().map_err(super::refused)?.mode();
     match mode & SFlag::S_IFMT.bits() {
         0 => Ok(Some(file)),
         _ => Err(Error::InvalidOperation("a kick, call or error descriptor is not an eventfd")),
