@@ -650,3 +650,117 @@ fn every_engine_keeps_every_byte() {
         }
     }
 }
+
+// ----- memory of the host ---------------------------------------------------------------------
+
+/// Disks with cache=direct, and transfers of 4 MiB to all of them at once, on several queues.
+struct Large {
+    scratch: Scratch,
+    daemon: Daemon,
+    /// What stands in each place at first.
+    base: Vec<u8>,
+}
+
+impl Large {
+    const LUNS: usize = 3;
+    const COUNT: usize = 48;
+    const LEN: usize = 4 << 20;
+
+    fn new() -> Self {
+        let scratch = Scratch::new();
+        let base = blocks(0, Self::LEN / 512, 512, 1);
+        let mut builder = Daemon::builder(&scratch);
+        for lun in 0..Self::LUNS {
+            let places = Self::COUNT / Self::LUNS;
+            let content: Vec<u8> = (0..places).flat_map(|place| stamped(&base, place)).collect();
+            let path = scratch.file(&format!("{lun}.img"), &content);
+            builder = builder.disk(&path, &format!("lun={lun},cache=direct"));
+        }
+        Large { daemon: builder.spawn(), scratch, base }
+    }
+
+    fn front_end(&self) -> FrontEnd {
+        let memory = vec![RegionSpec::new(0, 512 * MIB)];
+        FrontEnd::builder().queues(4).memory(memory, MemoryMessage::Table).connect(&self.daemon)
+    }
+
+    /// Reads every second place and writes the others, all at once, demands that what is GOOD is right, and says how
+    /// many were; the rest is BUSY.
+    fn transfer(&self, fe: &FrontEnd, shape: &Shape, round: usize) -> usize {
+        let in_blocks = (Self::LEN / 512) as u32;
+        let luns: Vec<Lun<'_>> = (0..Self::LUNS).map(|n| fe.ready_lun(0, n as u16)).collect();
+        let started: Vec<_> = (0..Self::COUNT)
+            .map(|n| {
+                let lun = luns[n % Self::LUNS].on_queue(2 + n % 4).with_shape(shape.clone());
+                let place = n / Self::LUNS;
+                let lba = (place * Self::LEN / 512) as u64;
+                let request = match place % 2 {
+                    0 => lun.request(cdb::read16(lba, in_blocks)).data_in(Self::LEN),
+                    _ => {
+                        let cdb =
+                            cdb::write16(lba, in_blocks).or(1, if n % 4 == 0 { FUA } else { 0 });
+                        lun.request(cdb).data_out(stamped(&self.base, place + round))
+                    }
+                };
+                let ticket = fe.queue(lun.queue).enqueue(&request.exchange());
+                (n % Self::LUNS, place, ticket)
+            })
+            .collect();
+        (2..6).for_each(|queue| fe.queue(queue).publish());
+        let mut good = 0;
+        for (lun, place, ticket) in started {
+            let response = fe.wait(ticket);
+            if response.status == status::BUSY {
+                continue;
+            }
+            let response = response.expect_good();
+            good += 1;
+            if place % 2 == 0 {
+                assert!(response.data() == stamped(&self.base, place), "what was read");
+            } else {
+                let path = self.scratch.join(format!("{lun}.img"));
+                let found = host_read(&path, (place * Self::LEN) as u64, Self::LEN);
+                assert!(found == stamped(&self.base, place + round), "what was written");
+            }
+        }
+        good
+    }
+}
+
+fn stamped(base: &[u8], stamp: usize) -> Vec<u8> {
+    let mut bytes = base.to_vec();
+    bytes.rotate_left(4099 * stamp);
+    bytes
+}
+
+/// O_DIRECT cannot use buffers at odd addresses. What it uses instead is bounded for the whole process: 32 MiB, and 64
+/// KiB for each of the 16 threads that a disk has for such things.
+#[test]
+fn transfers_at_odd_addresses_take_little_memory() {
+    let large = Large::new();
+    let fe = large.front_end();
+    // So that all of the guest's memory is known to the process, and counted.
+    let aligned = Shape::default().aligned(4096);
+    assert_eq!(large.transfer(&fe, &aligned, 1), Large::COUNT);
+    fs::write(format!("/proc/{}/clear_refs", large.daemon.pid()), "5").unwrap();
+    let before = large.daemon.resident();
+    assert_eq!(large.transfer(&fe, &aligned.skewed(1), 2), Large::COUNT);
+    let more = large.daemon.peak().saturating_sub(before);
+    println!("{} KiB more", more / KIB);
+    assert!(more < 48 * MIB, "{} MiB", more / MIB);
+}
+
+/// Memory that is not there is BUSY, and no reason to end.
+#[test]
+fn transfers_without_memory_are_busy() {
+    let mut large = Large::new();
+    let fe = large.front_end();
+    // Threads are there after this, and have what they need themselves.
+    let aligned = Shape::default().aligned(4096);
+    assert_eq!(large.transfer(&fe, &aligned, 1), Large::COUNT);
+    large.daemon.limit_memory(Some(6 * MIB));
+    println!("{} were good", large.transfer(&fe, &aligned.clone().skewed(1), 2));
+    large.daemon.limit_memory(None);
+    assert_eq!(large.transfer(&fe, &aligned.skewed(1), 3), Large::COUNT);
+    assert!(large.daemon.is_running());
+}

@@ -524,10 +524,29 @@ impl Daemon {
 
     /// Resident memory in bytes.
     pub fn resident(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// The most that there was of it, since it began or 5 was written to its clear_refs.
+    pub fn peak(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    fn memory(&self, what: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("/proc");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let line = status.lines().find_map(|line| line.strip_prefix(what));
         let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-        kib.expect("VmRSS") * 1024
+        kib.expect(what) * 1024
+    }
+
+    /// Lets it have only so many bytes of address space more than it has now, or as many as it likes.
+    pub fn limit_memory(&self, more: Option<u64>) {
+        let most = more.map_or(libc::RLIM_INFINITY, |more| self.memory("VmSize:") + more);
+        let limit = libc::rlimit { rlim_cur: most, rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: the kernel reads one structure.
+        let set =
+            unsafe { libc::prlimit(self.pid(), libc::RLIMIT_AS, &limit, std::ptr::null_mut()) };
+        assert_eq!(set, 0, "prlimit: {}", io::Error::last_os_error());
     }
 
     fn count(&self, what: &str) -> usize {

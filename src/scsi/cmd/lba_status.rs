@@ -12,8 +12,8 @@ use crate::scsi::wire::{U16, U32, U64, bytes_of, len32};
 use crate::store::engine::Cancel;
 use crate::store::{Extent, Kind};
 
-/// Most descriptors in one answer.
-const MAX_DESCRIPTORS: usize = 8192;
+/// Most descriptors in one answer: no list that is made for it takes more than 64 KiB.
+const MAX_DESCRIPTORS: usize = 2048;
 
 /// Walks of the store that one command may make; a badly fragmented file gets a shorter answer.
 const MAX_WALKS: usize = 16;
