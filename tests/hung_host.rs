@@ -367,7 +367,9 @@ fn functions_for_other_units_are_answered_while_one_hangs() {
             assert_eq!(lun.clear_unit_attentions().len(), 1);
         }
         // What hangs is there, and says so.
-        let write = hanging.request(cdb::write10(0, 8).or(1, FUA)).data_out(model.fill(0, 8));
+        let at = QUEUES * PLACES * PLACE;
+        let write = cdb::write10((at / BLOCK) as u32, 8).or(1, FUA);
+        let write = hanging.request(write).data_out(model.fill(at, 8));
         let ticket = hanging.submit(&write);
         let code = fe.tmf(Tmf::QueryTask, hanging.address, write.tag);
         assert_eq!(code, response::FUNCTION_SUCCEEDED);
