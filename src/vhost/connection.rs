@@ -170,7 +170,6 @@ impl Connection {
         let Some(worker) = ring.worker.take() else { return };
         if let Some(ended) = worker.join() {
             ring.base = Some(ended.next_avail);
-            self.queues.stop(index, ended.unheard, &ended.inbox);
         }
     }
 
@@ -204,7 +203,8 @@ impl Connection {
     /// Starts the thread of a ring.
     fn start_worker(&self, index: usize, ring: Ring, kick: Option<File>) -> io::Result<Worker> {
         let Device { target, offer, connections, watchdog, .. } = self.device.as_ref();
-        let host = Host { target: Arc::clone(target), watchdog: watchdog.clone() };
+        let host =
+            Host { target: Arc::clone(target), watchdog: watchdog.clone(), queues: self.queues() };
         let (target, nexus) = (Arc::clone(target), Arc::clone(&self.nexus));
         let (mailbox, inbox) = Mailbox::new()?;
         // From here on it is reached, so that no sweep passes it by while its thread begins.

@@ -12,7 +12,7 @@ use super::FIXED_QUEUES;
 use super::dirty_log::DirtyLog;
 use super::memory::GuestMemory;
 use super::wire::{Ended, T_PARAM_CHANGE};
-use crate::scsi::{LunNumber, UnitAttention};
+use crate::scsi::{LunNumber, Port, UnitAttention};
 
 /// What others want of a queue thread.
 pub(super) enum Message {
@@ -245,6 +245,8 @@ pub(super) fn keep_unreported(kept: &mut Vec<Arc<Sweep>>, sweep: &Sweep) {
 /// A search through the commands in flight on all request queues.
 #[derive(Debug)]
 pub(super) struct Sweep {
+    /// The initiator whose function it is, if it is about that initiator's own commands.
+    owner: Option<Port>,
     disks: Vec<usize>,
     tag: Option<u64>,
     ends_with: Option<Ended>,
@@ -266,17 +268,18 @@ pub(super) enum Report {
 impl Sweep {
     /// A sweep for commands to `disks` (and, if given, with this tag).
     pub(super) fn new(
+        owner: Option<Port>,
         disks: Vec<usize>,
         tag: Option<u64>,
         ends_with: Option<Ended>,
         report: Report,
     ) -> Self {
-        Sweep { disks, tag, ends_with, any: AtomicBool::new(false), report }
+        Sweep { owner, disks, tag, ends_with, any: AtomicBool::new(false), report }
     }
 
     /// The same for commands that have not begun, without anybody who waits for it.
     fn unreported(&self) -> Self {
-        Sweep::new(self.disks.clone(), self.tag, self.ends_with, Report::Nobody)
+        Sweep::new(self.owner, self.disks.clone(), self.tag, self.ends_with, Report::Nobody)
     }
 
     /// Whether it ends, without anybody who waits for it, all that another one ends.
@@ -290,6 +293,11 @@ impl Sweep {
     /// Whether it is about this command.
     pub(super) fn selects(&self, disk: usize, tag: u64) -> bool {
         self.disks.contains(&disk) && self.tag.is_none_or(|t| t == tag)
+    }
+
+    /// Whether an initiator waits for it in vain if its own front end leaves it waiting, and nobody else does.
+    pub(super) fn is_of(&self, port: Port) -> bool {
+        self.owner == Some(port)
     }
 
     /// Notes that there is such a command.

@@ -77,7 +77,7 @@ impl Tasks for Connections {
     fn abort(&self, ports: &[Port], disk: usize) -> Receiver<()> {
         let (end, ended) = mpsc::channel();
         let report = Report::Caller { _end: end };
-        let sweep = Arc::new(Sweep::new(vec![disk], None, Some(Ended::TaskAborted), report));
+        let sweep = Arc::new(Sweep::new(None, vec![disk], None, Some(Ended::TaskAborted), report));
         for (_, queues) in self.all().iter().filter(|(port, _)| ports.contains(port)) {
             queues.sweep_running(&sweep);
         }

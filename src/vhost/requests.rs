@@ -66,7 +66,8 @@ pub(super) struct RequestQueue {
     order: Order<(Received, [u8; 8], Request)>,
     /// Taken together and not looked at yet.
     taken: VecDeque<CommandChain>,
-    /// What the ring is to be swept for when its memory is back: what lies in it has not begun.
+    /// What the ring is to be swept for when its memory is back: what lies in it has not begun. No more than functions
+    /// and disks.
     later: Vec<Arc<Sweep>>,
     /// How often requests may still be taken in this pass.
     rounds: usize,
@@ -161,8 +162,13 @@ impl RequestQueue {
         }
     }
 
-    /// Begins a command that was taken; says what host call it waits for, if it does.
-    fn receive(&mut self, ring: &mut Ring, chain: CommandChain) -> Option<HostCall> {
+    /// Begins a command that was taken; says what host call it waits for, if it may and does.
+    fn receive(
+        &mut self,
+        ring: &mut Ring,
+        chain: CommandChain,
+        may_call: bool,
+    ) -> Option<HostCall> {
         let CommandChain { head, header, response, data_out, data_in, again } = chain;
         let len = data_in.len() + data_out.len();
         let Some(header) = ring.header(&header) else {
@@ -182,7 +188,7 @@ impl RequestQueue {
             self.begin_in_order(ring, &header.lun, attribute, received, request);
             return None;
         }
-        match self.begin(ring, &header.lun, received, request, true) {
+        match self.begin(ring, &header.lun, received, request, may_call) {
             Begun::Calls(call) => Some(call),
             Begun::Answered | Begun::InFlight(_) => None,
         }
@@ -389,7 +395,7 @@ impl Service for RequestQueue {
         }
         loop {
             while let Some(chain) = self.taken.pop_front() {
-                if let Some(call) = self.receive(ring, chain) {
+                if let Some(call) = self.receive(ring, chain, true) {
                     return Step::Call(call);
                 }
             }
@@ -472,12 +478,26 @@ impl Service for RequestQueue {
         // What the driver handed over before the function counts as received before it. A ring's worth: a driver that
         // adds more meanwhile adds it after the function.
         if take && ring.is_away() {
-            keep_unreported(&mut self.later, sweep);
+            // Nobody can tell when its memory is back. The front end's own guest may wait for that, no other.
+            match sweep.is_of(self.nexus.port()) {
+                true => self.later.push(Arc::clone(sweep)),
+                false => keep_unreported(&mut self.later, sweep),
+            }
         } else if take {
             self.take(ring, ring.size());
         }
         self.sweep_taken(ring, sweep);
         self.sweep_begun(ring, sweep);
+    }
+
+    fn leave_memory(&mut self, ring: &mut Ring) {
+        while let Some(chain) = self.taken.pop_front() {
+            let _ = self.receive(ring, chain, false);
+        }
+    }
+
+    fn stop(&mut self) -> Vec<Arc<Sweep>> {
+        std::mem::take(&mut self.later)
     }
 
     fn message(&mut self, ring: &mut Ring, message: Message) {

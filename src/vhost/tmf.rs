@@ -87,6 +87,8 @@ pub(super) struct ControlQueue {
     mailbox: Mailbox,
     pending: HashMap<u64, Pending>,
     next: u64,
+    /// What is not answered yet is left to the next process.
+    leaves: bool,
 }
 
 impl ControlQueue {
@@ -99,7 +101,16 @@ impl ControlQueue {
         mailbox: Mailbox,
     ) -> Self {
         let pending = HashMap::new();
-        ControlQueue { target, nexus, queues, connections, mailbox, pending, next: 0 }
+        ControlQueue {
+            target,
+            nexus,
+            queues,
+            connections,
+            mailbox,
+            pending,
+            next: 0,
+            leaves: false,
+        }
     }
 
     fn begin(&mut self, ring: &mut Ring, chain: Chain) {
@@ -180,7 +191,8 @@ impl ControlQueue {
         let disks = pending.disks.iter().map(|d| d.index()).collect();
         let found = Arc::clone(&pending.found);
         let report = Report::Queue { to: self.mailbox.clone(), id, found };
-        let sweep = Arc::new(Sweep::new(disks, tag, pending.function.ends_with(), report));
+        let (owner, ends_with) = (self.nexus.port(), pending.function.ends_with());
+        let sweep = Arc::new(Sweep::new(Some(owner), disks, tag, ends_with, report));
         // A reset ends everybody's commands; all else is about those of this initiator: each has a task set
         // of its own (TST 001b).
         if pending.function == Function::LogicalUnitReset {
@@ -223,6 +235,7 @@ fn answer(ring: &mut Ring, head: u16, room: &Buffers, response: Response) {
 impl Service for ControlQueue {
     fn advance(&mut self, ring: &mut Ring, take: bool) -> Step {
         // No more than a ring's worth wait for their end: a driver that hands out a chain twice gains nothing by it.
+        let take = take && !self.leaves;
         let most = if take { ring.size().saturating_sub(self.pending.len()) } else { 0 };
         for _ in 0..most {
             match ring.pop() {
@@ -236,18 +249,25 @@ impl Service for ControlQueue {
     fn progress(&mut self, _: &mut Ring) {}
 
     fn message(&mut self, ring: &mut Ring, message: Message) {
-        if let Message::Swept(id) = message {
-            self.finish(ring, id);
+        match message {
+            Message::Swept(id) => self.finish(ring, id),
+            // They stay noted as in flight, and the next process does them again, when it has seen the commands.
+            Message::GiveUp { leave: true } if ring.keeps_requests() => {
+                self.leaves = true;
+                self.pending.clear();
+            }
+            _ => {}
         }
     }
 
     /// Functions that wait for a ring which does not run may wait for ever.
-    fn stop(&mut self) {
+    fn stop(&mut self) -> Vec<Arc<Sweep>> {
         self.queues.release();
+        Vec::new()
     }
 
     fn wants_requests(&self, ring: &Ring) -> bool {
-        self.pending.len() < ring.size()
+        !self.leaves && self.pending.len() < ring.size()
     }
 
     fn in_flight(&self) -> usize {

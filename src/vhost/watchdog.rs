@@ -5,10 +5,12 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use crate::limits;
 use crate::sandbox::{self, Role};
 
 /// How often it looks. A call that was there at one look and still is at the next one has not come back soon.
@@ -19,7 +21,7 @@ const LINGER: u32 = 20;
 
 /// Something to look after.
 pub(super) trait Watched: Send + Sync {
-    /// Whether its thread is awake, and may make host calls.
+    /// Whether its thread has made host calls since it last slept.
     fn is_awake(&self) -> bool;
 
     /// Whether nobody needs to look any more.
@@ -39,6 +41,40 @@ struct Shared {
     woken: Condvar,
     /// The device is gone.
     over: AtomicBool,
+    standby: Mutex<Standby>,
+}
+
+/// What a thread that takes over does.
+type Work = Box<dyn FnOnce() + Send>;
+
+/// A thread that waits to take over, so that there is one when the host has no more.
+struct Standby {
+    thread: Option<(JoinHandle<()>, Sender<Work>)>,
+    /// It was said that there is none.
+    complained: bool,
+}
+
+impl Standby {
+    fn start() -> io::Result<(JoinHandle<()>, Sender<Work>)> {
+        let (sender, work) = mpsc::channel::<Work>();
+        let wait = move || work.recv().into_iter().for_each(|work| work());
+        Ok((sandbox::spawn("standby".into(), Role::Queue, wait)?, sender))
+    }
+
+    fn refill(&mut self) {
+        if self.thread.is_some() {
+            return;
+        }
+        match Self::start() {
+            Ok(thread) => (self.thread, self.complained) = (Some(thread), false),
+            Err(error) if !self.complained => {
+                self.complained = true;
+                let why = limits::behind(&error).unwrap_or_else(|| error.to_string());
+                log::error!("no thread to take over a queue whose host hangs: {why}");
+            }
+            Err(_) => {}
+        }
+    }
 }
 
 impl Shared {
@@ -90,6 +126,7 @@ impl Watchdog {
             awake: AtomicBool::new(true),
             woken: Condvar::new(),
             over: AtomicBool::new(false),
+            standby: Mutex::new(Standby { thread: Some(Standby::start()?), complained: false }),
         });
         let of_thread = Arc::clone(&shared);
         sandbox::spawn("watchdog".into(), Role::Watchdog, move || of_thread.run())?;
@@ -98,11 +135,23 @@ impl Watchdog {
 
     /// Looks after one more, until it is over.
     pub(super) fn watch(&self, one: Arc<dyn Watched>) {
-        self.0.watched().push(one);
-        self.wake();
+        let mut watched = self.0.watched();
+        // It may sleep for long.
+        watched.retain(|one| !one.is_over());
+        watched.push(one);
     }
 
-    /// Something that is watched has woken up.
+    /// Has a thread that waits for this take over; `None` if there is none now.
+    pub(super) fn stand_in(&self, work: Work) -> Option<JoinHandle<()>> {
+        let mut standby = self.0.standby.lock().unwrap_or_else(PoisonError::into_inner);
+        standby.refill();
+        let (thread, sender) = standby.thread.take()?;
+        let _ = sender.send(work);
+        standby.refill();
+        Some(thread)
+    }
+
+    /// Something that is watched is about to make host calls, the first since it slept.
     #[inline]
     pub(super) fn wake(&self) {
         if !self.0.awake.load(Ordering::SeqCst) {
@@ -118,9 +167,10 @@ impl Watchdog {
         self.0.woken.notify_one();
     }
 
-    /// Has the thread end.
+    /// Has its threads end.
     pub(super) fn end(&self) {
         self.0.over.store(true, Ordering::Release);
+        self.0.standby.lock().unwrap_or_else(PoisonError::into_inner).thread = None;
         self.rouse();
     }
 }

@@ -21,7 +21,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll, ppoll};
 use nix::sys::time::TimeSpec;
 
-use super::message::{Mailbox, Message, Sweep};
+use super::message::{Mailbox, Message, Queues, Sweep, keep_unreported};
 use super::ring::Ring;
 use super::watchdog::{Watchdog, Watched};
 use crate::sandbox::{self, Role};
@@ -72,8 +72,13 @@ pub(super) trait Service: Send + 'static {
     /// A message that is not about the ring itself.
     fn message(&mut self, ring: &mut Ring, message: Message);
 
-    /// Nothing more will be taken; the queue ends when nothing is in flight.
-    fn stop(&mut self) {}
+    /// The memory that requests were taken from may go: begins those that have not.
+    fn leave_memory(&mut self, _ring: &mut Ring) {}
+
+    /// Nothing more will be taken; the queue ends when nothing is in flight. Says what is still to be swept in the ring.
+    fn stop(&mut self) -> Vec<Arc<Sweep>> {
+        Vec::new()
+    }
 
     /// Whether it would take a request now. If not, none is looked for until something else
     /// happens: a completion, a message, or a kick.
@@ -112,6 +117,8 @@ pub(super) struct Host {
     pub target: Arc<Target>,
     /// Who looks after threads in host calls.
     pub watchdog: Watchdog,
+    /// The queues of the connection, which hear of the end of this one.
+    pub queues: Arc<Queues>,
 }
 
 /// A queue that runs.
@@ -128,10 +135,6 @@ type Threads = Arc<Mutex<Vec<JoinHandle<()>>>>;
 pub(super) struct Ended {
     /// Where the next request will be found.
     pub next_avail: u16,
-    /// Sweeps that came when nothing was taken from the ring any more.
-    pub unheard: Vec<Arc<Sweep>>,
-    /// Messages that nobody has looked at.
-    pub inbox: Receiver<Message>,
 }
 
 impl Worker {
@@ -243,7 +246,7 @@ struct Loan<S> {
     calls: AtomicU64,
     /// `calls` at the last look.
     seen: AtomicU64,
-    /// The thread does not sleep.
+    /// The thread has made a host call since it last slept.
     awake: AtomicBool,
     /// It serves the queue no longer.
     over: AtomicBool,
@@ -263,7 +266,7 @@ impl<S: Service> Loan<S> {
             lent: AtomicCell::new(None),
             calls: AtomicU64::new(0),
             seen: AtomicU64::new(0),
-            awake: AtomicBool::new(true),
+            awake: AtomicBool::new(false),
             over: AtomicBool::new(false),
             succession: AtomicBool::new(false),
             abandoned: Mutex::new(None),
@@ -301,17 +304,17 @@ impl<S: Service> Loan<S> {
             }
             if state.stopping && state.service.in_flight() == 0 {
                 self.over.store(true, Ordering::Release);
-                return (*state).end();
+                return (*state).end(self.index, &self.host.queues);
             }
             let look = !state.stopping && state.service.wants_requests(&state.ring);
             let more = more || state.service.is_behind();
             if more || look && (state.spin(answered) || state.ring.await_kicks()) {
                 state.service.hand_over();
             } else {
-                self.awake.store(false, Ordering::SeqCst);
+                if self.awake.load(Ordering::Relaxed) {
+                    self.awake.store(false, Ordering::SeqCst);
+                }
                 state.rest();
-                self.awake.store(true, Ordering::SeqCst);
-                self.host.watchdog.wake();
             }
         }
     }
@@ -320,6 +323,10 @@ impl<S: Service> Loan<S> {
     #[inline]
     fn call(&self, state: Box<State<S>>, call: HostCall) -> Option<Box<State<S>>> {
         let HostCall { disk, operation } = call;
+        if !self.awake.load(Ordering::Relaxed) {
+            self.awake.store(true, Ordering::SeqCst);
+            self.host.watchdog.wake();
+        }
         let begun = self.calls.load(Ordering::Relaxed).wrapping_add(1);
         self.lent.store(Some(state));
         self.calls.store(begun, Ordering::Release);
@@ -378,24 +385,26 @@ impl<S: Service> Watched for Loan<S> {
         }
         // The new thread takes what is lent when it runs, so that nothing is lost if there is none.
         let of_thread = Arc::clone(&self);
-        match sandbox::spawn(self.name(), Role::Queue, move || of_thread.succeed(calls)) {
-            Ok(thread) => {
+        match self.host.watchdog.stand_in(Box::new(move || of_thread.succeed(calls))) {
+            Some(thread) => {
                 let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
                 threads.retain(|thread| !thread.is_finished());
                 threads.push(thread);
             }
             // The next look tries again.
-            Err(_) => self.succession.store(false, Ordering::Release),
+            None => self.succession.store(false, Ordering::Release),
         }
     }
 }
 
 impl<S: Service> State<S> {
     /// Nothing is in flight: says where the queue was left.
-    fn end(self) {
+    fn end(self, index: usize, queues: &Queues) {
         let State { ring, unheard, inbox, end, .. } = self;
+        // Here, not by the connection, which may be waiting for another queue.
+        queues.stop(index, unheard, &inbox);
         // Nobody waits for it when the connection is being torn down without a join; then there is nothing to say.
-        let _ = end.send(Ended { next_avail: ring.next_avail(), unheard, inbox });
+        let _ = end.send(Ended { next_avail: ring.next_avail() });
     }
 
     /// Handles the messages that are there.
@@ -409,9 +418,12 @@ impl<S: Service> State<S> {
         match message {
             Message::Stop => {
                 self.stopping = true;
-                self.service.stop();
+                for sweep in self.service.stop() {
+                    keep_unreported(&mut self.unheard, &sweep);
+                }
             }
             Message::SetMemory(memory, done) => {
+                self.service.leave_memory(&mut self.ring);
                 self.ring.set_memory(&memory);
                 let _ = done.send(());
             }
@@ -428,7 +440,7 @@ impl<S: Service> State<S> {
                 // The driver sees what has ended before it sees the end of the function.
                 self.ring.announce();
                 if self.stopping {
-                    self.unheard.push(sweep);
+                    keep_unreported(&mut self.unheard, &sweep);
                 }
             }
             other => self.service.message(&mut self.ring, other),
@@ -497,10 +509,7 @@ impl<S: Service> State<S> {
         self.service.hand_over();
         let mut fds = [PollFd::new(self.mailbox.wake().as_fd(), PollFlags::POLLIN)];
         match ppoll(&mut fds, Some(TimeSpec::from_duration(self.pause)), None) {
-            Ok(0) | Err(_) if self.service.in_flight() == 0 => {
-                self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-            }
-            Ok(0) | Err(_) => self.pause = PAUSE,
+            Ok(0) | Err(_) => self.pause = (self.pause * 9 / 8).min(LONGEST_PAUSE),
             Ok(_) => drop(self.mailbox.wake().read()),
         }
     }
@@ -514,9 +523,10 @@ impl<S: Service> State<S> {
     }
 }
 
-/// The first and the longest pause between looks at a ring that is not kicked.
+/// The first and the longest pause between looks at a ring that is not kicked. They grow by an eighth each, so that the
+/// longest comes after a tenth of a second in which nothing happened.
 const PAUSE: Duration = Duration::from_micros(50);
-const LONGEST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(10);
 
 /// How long a queue looks for requests before it sleeps, if nothing else was asked for: less than going to
 /// sleep and being woken takes.
