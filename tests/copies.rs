@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use frontend::daemon::{Scratch, host_read, host_write};
 use frontend::pattern::{Rng, assert_same};
-use frontend::scsi::sense;
+use frontend::scsi::{response, sense};
 use frontend::*;
 use mounts::{ALL, Kind, Mount, skipped};
 
@@ -788,6 +788,36 @@ fn the_third_party_copy_page_says_what_there_is() {
     assert_eq!(list, [0x83, 5, 0, 1, 0x10, 0x11, 0x1c, 0x84, 8, 0, 1, 3, 4, 5, 6, 7, 8]);
     assert_eq!(descriptors[&0].len(), 0x20);
     assert_eq!(descriptors[&0x8001].len(), 0x20);
+}
+
+/// When the reset of a disk is answered, copies that it was asked for write nothing more.
+#[test]
+fn a_reset_waits_for_the_copies_that_it_ends() {
+    let scratch = Scratch::new();
+    let data = frontend::pattern::blocks(0, 4096, 512, 1);
+    let from = scratch.file("from.img", &data);
+    let to = scratch.image("to.img", 2 * MIB);
+    let daemon = Daemon::builder(&scratch)
+        .disk(&from, "fault=copy:delay-ms-400")
+        .disk(&to, "fault=any:delay-ms-400@1-2097152")
+        .spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let (a, b) = (fe.ready_lun(0, 0), fe.ready_lun(0, 1));
+    let cscds = [cscd(&a, 0), cscd(&b, 0)];
+    let segments: Vec<Vec<u8>> =
+        (0..4).map(|n| blocks((0, n * 1024), (1, n * 1024), 1024, false)).collect();
+    for _ in 0..2 {
+        let list = list_lid4(1, true, &cscds, &segments);
+        a.run_out(cdb::extended_copy_lid4(list.len() as u32), &list).expect_good();
+        // It is at a segment, most likely.
+        std::thread::sleep(A_MOMENT);
+        let code = fe.tmf(Tmf::LogicalUnitReset, a.address, 0);
+        assert_eq!(code, response::FUNCTION_COMPLETE);
+        let before = host_read(&to, 0, 2 * MIB as usize);
+        std::thread::sleep(Duration::from_millis(1500));
+        assert_same(&host_read(&to, 0, 2 * MIB as usize), &before, "when the reset was answered");
+        a.clear_unit_attentions();
+    }
 }
 
 /// A reset, and COPY OPERATION ABORT, end a long copy soon and at a boundary.

@@ -21,6 +21,7 @@ use super::wire::{
     T_TMF, TaskManagement,
 };
 use super::worker::{Service, Step};
+use crate::scsi::copy::Waiter;
 use crate::scsi::{Addressed, Lun, Nexus, Target, UnitAttention};
 use crate::store::Buffers;
 
@@ -197,6 +198,8 @@ impl ControlQueue {
         // of its own (TST 001b).
         if pending.function == Function::LogicalUnitReset {
             self.connections.sweep_for_reset(&self.queues, &sweep);
+            let waiter: Waiter = Arc::<Sweep>::clone(&sweep);
+            pending.disks.iter().for_each(|disk| self.target.copies().end_all(disk, &waiter));
         }
         self.queues.sweep(&sweep);
         self.pending.insert(id, pending);

@@ -4,6 +4,7 @@
 pub mod rod;
 pub mod segment;
 
+use std::any::Any;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -77,11 +78,20 @@ pub struct Operation {
     hold: bool,
     cancel: Cancel,
     report: Mutex<Report>,
+    /// What waits for its end, and goes on when this is gone.
+    waiting: Mutex<Vec<Waiter>>,
 }
+
+/// Something that goes on when everything that holds it has let go.
+pub type Waiter = Arc<dyn Any + Send + Sync>;
 
 impl Operation {
     fn lock(&self) -> MutexGuard<'_, Report> {
         self.report.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Vec<Waiter>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is to be told of it now.
@@ -210,6 +220,7 @@ impl CopyManager {
             hold: start.hold,
             cancel: Cancel::default(),
             report: Mutex::new(report),
+            waiting: Mutex::default(),
         });
         all.push(Arc::clone(&operation));
         Ok(Running { manager: Arc::clone(self), operation, ended: false })
@@ -230,8 +241,10 @@ impl CopyManager {
         if !operation.hold {
             all.retain(|o| !Arc::ptr_eq(o, operation));
         }
+        let waiting = std::mem::take(&mut *operation.waiting());
         drop(all);
         self.ended.notify_all();
+        drop(waiting);
     }
 
     /// The copy with this list identifier.
@@ -269,6 +282,17 @@ impl CopyManager {
             all = self.ended.wait_timeout(all, LOOK).unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(())
+    }
+
+    /// Has the copies that were asked of a disk end. Each holds `waiter` until it has: what a reset ends writes nothing
+    /// when the reset is answered (SAM-6 7.7).
+    pub fn end_all(&self, lun: &Lun, waiter: &Waiter) {
+        let all = self.operations();
+        let running = |o: &&Arc<Operation>| o.lun == lun.index() && o.report().status.is_running();
+        for operation in all.iter().filter(running) {
+            operation.cancel.request();
+            operation.waiting().push(Arc::clone(waiter));
+        }
     }
 
     /// A reset of a disk ends the copies that were asked of it, and they are forgotten.
