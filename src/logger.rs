@@ -2,15 +2,21 @@
 //! or keep threads busy with it.
 //!
 //! Standard error may be a pipe that nobody reads, or a terminal that was stopped: writing to it can block for ever.
-//! So a thread of its own writes ([`detach`]); the others put their lines into a bounded queue.
+//! So a thread of its own writes ([`detach`]); the others put their lines into a bounded queue. Until there can be a
+//! thread, what fits into standard error is written and the rest waits in the queue ([`hold`]).
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::os::fd::AsFd;
+use std::panic::PanicHookInfo;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use env_logger::{Builder, Env, Logger, Target, WriteStyle};
 use log::{Level, Log, Metadata, Record};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::sandbox::{self, Role};
 
@@ -21,8 +27,11 @@ const EACH: Duration = Duration::from_millis(100);
 
 /// Most bytes that wait to be written; lines beyond that are dropped and counted.
 const ROOM: usize = 256 << 10;
-/// For how long [`finish`] waits.
+/// For how long the end waits for the last lines to be written.
 const LAST: Duration = Duration::from_secs(2);
+
+/// What a pipe that can be written to has room for (PIPE_BUF).
+const PIECE: usize = 4096;
 
 /// Begins to log what the environment variable RUST_LOG chooses: at first every line is written by whoever has it.
 pub fn begin() {
@@ -39,21 +48,68 @@ pub fn begin() {
     let _ = log::set_boxed_logger(Box::new(limited));
 }
 
-/// From now on a thread writes the lines, and nobody else waits for standard error.
+/// From now on nobody waits for standard error, not even a panic: a line that does not fit into it waits in the queue.
+pub fn hold() {
+    LINES.queue().way = Way::AsItFits;
+    std::panic::set_hook(Box::new(tell_panic));
+}
+
+/// From now on a thread writes the lines.
 ///
 /// # Errors
 /// If the host has no thread left.
 pub fn detach() -> io::Result<()> {
     sandbox::spawn("log".into(), Role::Logger, || LINES.write())?;
-    LINES.queue().detached = true;
+    LINES.queue().way = Way::Thread;
     Ok(())
 }
 
 /// Waits until all lines are written, though not for ever.
 pub fn finish() {
-    let pending = |queue: &mut Queue| queue.writing || !queue.lines.is_empty();
-    let waited = LINES.written.wait_timeout_while(LINES.queue(), LAST, pending);
-    drop(waited.unwrap_or_else(PoisonError::into_inner));
+    LINES.finish(LINES.queue());
+}
+
+/// Says why the program ends, after all other lines.
+pub fn finish_with(why: &str) {
+    let mut queue = LINES.queue();
+    if queue.way == Way::AtOnce {
+        drop(queue);
+        eprintln!("{why}");
+        return;
+    }
+    queue.append(format!("{why}\n").into_bytes());
+    LINES.finish(queue);
+}
+
+/// Says what the panic is about, as the standard library does, but does not wait for ever: the abort comes next.
+fn tell_panic(panic: &PanicHookInfo<'_>) {
+    let thread = thread::current();
+    let mut text = format!("\nthread '{}' {panic}\n", thread.name().unwrap_or("<unnamed>"));
+    let backtrace = Backtrace::capture();
+    text += &match backtrace.status() {
+        BacktraceStatus::Captured => format!("stack backtrace:\n{backtrace}"),
+        _ => "note: run with `RUST_BACKTRACE=1` for a backtrace\n".into(),
+    };
+    // The panic may be one of a thread that has the queue.
+    let start = Instant::now();
+    let mut queue = loop {
+        match LINES.queue.try_lock() {
+            Ok(queue) => break queue,
+            Err(TryLockError::Poisoned(queue)) => break queue.into_inner(),
+            Err(TryLockError::WouldBlock) if start.elapsed() > LAST => return,
+            Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
+        }
+    };
+    queue.append(text.into_bytes());
+    LINES.finish(queue);
+}
+
+/// Whether standard error takes a [`PIECE`], at the latest after so long.
+fn has_room(limit: Duration) -> bool {
+    let stderr = io::stderr();
+    let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+    let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::ZERO);
+    poll(&mut fds, limit).is_ok_and(|ready| ready > 0)
 }
 
 static LINES: Lines =
@@ -66,8 +122,19 @@ struct Lines {
     written: Condvar,
 }
 
+/// How a line comes to standard error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Whoever has it writes it, and waits.
+    AtOnce,
+    /// Whoever has it writes what can be written without waiting, and queues the rest.
+    AsItFits,
+    /// By the thread for it.
+    Thread,
+}
+
 struct Queue {
-    detached: bool,
+    way: Way,
     lines: VecDeque<Vec<u8>>,
     /// The sum of their lengths.
     bytes: usize,
@@ -80,7 +147,7 @@ struct Queue {
 impl Queue {
     const fn empty() -> Self {
         let lines = VecDeque::new();
-        Queue { detached: false, lines, bytes: 0, dropped: 0, writing: false }
+        Queue { way: Way::AtOnce, lines, bytes: 0, dropped: 0, writing: false }
     }
 
     fn push(&mut self, line: &[u8]) {
@@ -88,9 +155,14 @@ impl Queue {
             self.dropped += 1;
             return;
         }
+        self.append(line.to_vec());
+    }
+
+    /// Also where there is no room.
+    fn append(&mut self, line: Vec<u8>) {
         self.note_dropped();
         self.bytes += line.len();
-        self.lines.push_back(line.to_vec());
+        self.lines.push_back(line);
     }
 
     /// Says how many lines are missing in this place.
@@ -111,11 +183,39 @@ impl Queue {
         self.bytes -= line.len();
         Some(line)
     }
+
+    /// Writes as long as it need not wait longer than that in all.
+    fn write_as_it_fits(&mut self, limit: Duration) {
+        let start = Instant::now();
+        while let Some(mut line) = self.pop() {
+            while !line.is_empty() {
+                if !has_room(limit.saturating_sub(start.elapsed())) {
+                    self.bytes += line.len();
+                    return self.lines.push_front(line);
+                }
+                let rest = line.split_off(line.len().min(PIECE));
+                // Who reads it may have gone.
+                let _ = io::stderr().write_all(&line);
+                line = rest;
+            }
+        }
+    }
 }
 
 impl Lines {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has all lines written, and does not wait for ever.
+    fn finish(&self, mut queue: MutexGuard<'_, Queue>) {
+        if queue.way != Way::Thread {
+            return queue.write_as_it_fits(LAST);
+        }
+        self.more.notify_one();
+        let pending = |queue: &mut Queue| queue.writing || !queue.lines.is_empty();
+        let waited = self.written.wait_timeout_while(queue, LAST, pending);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// The life of the thread that writes.
@@ -141,13 +241,20 @@ impl Lines {
 impl Write for &Lines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let mut queue = self.queue();
-        if queue.detached {
-            queue.push(line);
-            drop(queue);
-            self.more.notify_one();
-        } else {
-            drop(queue);
-            io::stderr().write_all(line)?;
+        match queue.way {
+            Way::AtOnce => {
+                drop(queue);
+                io::stderr().write_all(line)?;
+            }
+            Way::AsItFits => {
+                queue.push(line);
+                queue.write_as_it_fits(Duration::ZERO);
+            }
+            Way::Thread => {
+                queue.push(line);
+                drop(queue);
+                self.more.notify_one();
+            }
         }
         Ok(line.len())
     }

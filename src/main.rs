@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     match result {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("thinlun: {error}");
+            thinlun::logger::finish_with(&format!("thinlun: {error}"));
             ExitCode::from(error.status)
         }
     }

@@ -432,7 +432,6 @@ const ALL: &[i64] = &[
     libc::SYS_sched_getaffinity,
     libc::SYS_sched_yield,
     libc::SYS_sigaltstack,
-    libc::SYS_tgkill,
     libc::SYS_write,
     libc::SYS_writev,
 ];
@@ -575,6 +574,9 @@ fn listed<'a>(lists: impl IntoIterator<Item = &'a [i64]>) -> Built<Rules> {
     rules.insert(libc::SYS_mprotect, vec![not_executable()?]);
     let commands = [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL];
     rules.insert(libc::SYS_fcntl, one_of(1, &commands.map(i64::from))?);
+    // The signal of an abort is for this process.
+    let own = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, vec![argument(0, SeccompCmpOp::Eq, own)?]);
     Ok(rules)
 }
 

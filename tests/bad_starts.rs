@@ -315,6 +315,18 @@ fn a_socket_waits_for_the_lock_of_its_directory() {
     assert_eq!(daemon.terminate().code(), Some(0));
 }
 
+/// Somebody keeps it who makes no socket.
+#[test]
+fn a_directory_that_stays_locked_has_sockets_all_the_same() {
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", MIB);
+    let directory = fs::File::open(scratch.path()).unwrap();
+    directory.lock().unwrap();
+    let mut daemon = Daemon::builder(&scratch).disk(&disk, "").spawn();
+    assert!(daemon.log().contains("its directory stays locked"), "{}", daemon.log());
+    assert_eq!(daemon.terminate().code(), Some(0));
+}
+
 /// One file by several names.
 #[test]
 fn a_name_is_recognised_however_it_is_spelled() {

@@ -441,6 +441,44 @@ fn direct_io_takes_buffers_at_any_address() {
     });
 }
 
+/// Transfers that go piece by piece, where the pieces meet.
+#[test]
+fn long_transfers_at_odd_addresses_are_whole() {
+    for options in ["cache=direct", "cache=direct,block-size=4096"] {
+        with_lun(options, |daemon, lun| {
+            let size = lun.block_size;
+            let len = (3 * MIB + 64 * KIB) as usize + size;
+            let lun = lun.with_shape(Shape::default().skewed(3));
+            let count = (len / size) as u32;
+            let data = blocks(1, len / size, size, 7);
+            lun.write16(1, &data);
+            assert_on_host(daemon, &lun, 1, &data);
+            assert_same(&lun.read16(1, count), &data, options);
+            for at in [0, 65_535, 65_536, MIB as usize - 1, MIB as usize, len - 1] {
+                let mut other = data.clone();
+                other[at] ^= 1;
+                let response = lun.run_out(cdb::verify16(1, 1, count), &other);
+                let sense = response.expect_sense(sense::MISCOMPARE);
+                assert_eq!(sense.information, Some(at as u64), "{options}");
+            }
+            let half = 255 * size;
+            let new = blocks(1, 255, size, 17);
+            for at in [0, 65_535, 65_536, half - 1] {
+                let mut other = data[..half].to_vec();
+                other[at] ^= 1;
+                other.extend_from_slice(&new);
+                let response = lun.run_out(cdb::compare_and_write(1, 255), &other);
+                let sense = response.expect_sense(sense::MISCOMPARE);
+                assert_eq!(sense.information, Some(at as u64), "{options}");
+            }
+            assert_on_host(daemon, &lun, 1, &data);
+            let both = [&data[..half], &new].concat();
+            lun.run_out(cdb::compare_and_write(1, 255), &both).expect_good();
+            assert_on_host(daemon, &lun, 1, &[&new, &data[half..]].concat());
+        });
+    }
+}
+
 // ----- against a model ------------------------------------------------------------------------
 
 /// What a disk ought to hold.

@@ -243,7 +243,9 @@ const SLOW: &str = "fault=read:delay-ms-60000*1";
 #[track_caller]
 fn begin_slow_read(daemon: &Daemon, lun: &Lun<'_>) -> Ticket {
     let ticket = lun.submit(&lun.request(cdb::read10(0, 8)).data_in(4096));
-    eventually("a thread that sleeps", || daemon.diagnosis().report().contains("nanosleep"));
+    // The watchdog sleeps as well.
+    let sleeps = |thread: &String| thread.contains("nanosleep") && !thread.contains("watchdog");
+    eventually("a thread that sleeps", || daemon.diagnosis().thread_states().iter().any(sleeps));
     ticket
 }
 
@@ -303,6 +305,22 @@ fn an_end_that_waits_no_longer_leaves_what_is_in_flight() {
         if answer.is_good() {
             assert_same(answer.data(), &data, "what the next daemon read");
         }
+    }
+}
+
+/// Who is idle needs a moment to end as well.
+#[test]
+fn an_idle_front_end_is_not_in_the_way_of_an_end_at_once() {
+    for connected in [false, true] {
+        let scratch = Scratch::new();
+        let disk = scratch.image("disk.img", 16 * MIB);
+        let mut daemon =
+            Daemon::builder(&scratch).disk(&disk, "").args(["--shutdown-timeout", "0"]).spawn();
+        let fe = connected.then(|| FrontEnd::connect(&daemon));
+        fe.iter().for_each(|fe| round_trip(&fe.ready_lun(0, 0), 1));
+        daemon.signal(Signal::SIGTERM);
+        let status = daemon.wait_exit(SOON).expect("an end");
+        assert_eq!(status.code(), Some(0), "nothing was in flight: {}", daemon.log());
     }
 }
 
@@ -377,21 +395,61 @@ fn a_full_call_event_holds_up_no_queue() {
 
 // ----- the log --------------------------------------------------------------------------------
 
+/// A pipe that can be standard error, and the script that makes it that.
+fn pipe_for_errors(scratch: &Scratch) -> (File, String) {
+    let fifo = scratch.join("fifo");
+    nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).unwrap();
+    let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&fifo);
+    (open.unwrap(), format!("RUST_LOG=debug exec \"$0\" \"$@\" 2>{}", fifo.display()))
+}
+
+/// Until not one byte more goes in.
+fn fill_up(mut pipe: &File) {
+    for piece in [4096, 1] {
+        while pipe.write(&vec![b'.'; piece]).is_ok() {}
+    }
+}
+
+/// All that is in it.
+fn drain(mut pipe: &File, into: &mut Vec<u8>) {
+    let mut bytes = [0; 4096];
+    while let Ok(read) = pipe.read(&mut bytes) {
+        into.extend_from_slice(&bytes[..read]);
+    }
+}
+
+/// Standard error was full before the start.
+#[test]
+fn a_log_that_nobody_reads_holds_up_no_start() {
+    let scratch = Scratch::new();
+    let (builder, _) = two_ports(&scratch, "");
+    let (pipe, script) = pipe_for_errors(&scratch);
+    fill_up(&pipe);
+    let mut daemon = builder.under("sh", &["-c", &script]).spawn();
+    round_trip(&FrontEnd::connect(&daemon).ready_lun(0, 0), 1);
+    let mut text = Vec::new();
+    eventually("the lines of the start", || {
+        drain(&pipe, &mut text);
+        String::from_utf8_lossy(&text).contains("port 1: front end connected")
+    });
+    assert!(String::from_utf8_lossy(&text).contains("target 0 LUN 0: "), "in their order");
+    fill_up(&pipe);
+    assert_eq!(daemon.end_with(Signal::SIGTERM).code(), Some(0));
+    // A start that fails ends as well.
+    fill_up(&pipe);
+    let builder = Daemon::builder(&scratch).under("sh", &["-c", &script]);
+    let end = builder.disk(&scratch.join("missing.img"), "").finish();
+    assert_eq!(end.status.code(), Some(1), "{end:?}");
+}
+
 /// Standard error is a pipe that nobody reads.
 #[test]
 fn a_log_that_nobody_reads_holds_up_nobody() {
     let scratch = Scratch::new();
     let (builder, other) = two_ports(&scratch, "");
-    let fifo = scratch.join("fifo");
-    nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).unwrap();
-    let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&fifo);
-    let mut pipe = open.unwrap();
-    let script = format!("RUST_LOG=debug exec \"$0\" \"$@\" 2>{}", fifo.display());
+    let (pipe, script) = pipe_for_errors(&scratch);
     let mut daemon = builder.under("sh", &["-c", &script]).spawn();
-    // Until not one byte more goes in.
-    for piece in [4096, 1] {
-        while pipe.write(&vec![b'.'; piece]).is_ok() {}
-    }
+    fill_up(&pipe);
     let fe = FrontEnd::connect(&daemon);
     let lun = fe.ready_lun(0, 0);
     for round in 0..20 {
@@ -400,15 +458,13 @@ fn a_log_that_nobody_reads_holds_up_nobody() {
         round_trip(&other.ready_lun(0, 1), round);
     }
     // Nothing was lost so far.
-    let (mut text, mut bytes) = (Vec::new(), [0; 4096]);
+    let mut text = Vec::new();
     eventually("the log's lines when it is read", || {
-        while let Ok(read) = pipe.read(&mut bytes) {
-            text.extend_from_slice(&bytes[..read]);
-        }
+        drain(&pipe, &mut text);
         let text = String::from_utf8_lossy(&text);
         text.matches("port 2: front end is gone").count() == 20
     });
-    while pipe.write(&[b'.'; 1]).is_ok() {}
+    fill_up(&pipe);
     drop(fe);
     let status = daemon.end_with(Signal::SIGTERM);
     assert_eq!(status.code(), Some(0));

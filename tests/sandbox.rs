@@ -10,19 +10,24 @@ use std::process::{Command, ExitStatus};
 
 use frontend::daemon::Scratch;
 use frontend::*;
+use thinlun::logger;
 use thinlun::sandbox::{self, Reach, Role, Violation};
 
 /// Runs `attempt` of this file by a thread for `role` of another process, inside the sandbox.
 fn attempt(role: Role, name: &str) -> (ExitStatus, String) {
-    let output = Command::new(std::env::current_exe().unwrap())
+    let output = attempts(role, name).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    (output.status, text + &String::from_utf8_lossy(&output.stderr))
+}
+
+fn attempts(role: Role, name: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
         .args(["--exact", "attempt_in_here", "--nocapture", "--ignored"])
         .env("ATTEMPT", name)
         .env("ROLE", format!("{role:?}"))
-        .env("RUST_BACKTRACE", if name == "panic" { "1" } else { "0" })
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    (output.status, text + &String::from_utf8_lossy(&output.stderr))
+        .env("RUST_BACKTRACE", if name == "panic" { "1" } else { "0" });
+    command
 }
 
 #[track_caller]
@@ -55,6 +60,7 @@ const NEVER: &[(&str, i64)] = &[
     ("bpf", libc::SYS_bpf),
     ("perf_event_open", libc::SYS_perf_event_open),
     ("kill", libc::SYS_kill),
+    ("tgkill", libc::SYS_tgkill),
     ("fchmod", libc::SYS_fchmod),
     ("linkat", libc::SYS_linkat),
     ("symlinkat", libc::SYS_symlinkat),
@@ -159,6 +165,27 @@ fn a_panic_is_told() {
     }
 }
 
+/// A panic ends the process also when nobody can be told.
+#[test]
+fn a_panic_does_not_wait_for_its_reader() {
+    let (_reader, full) = std::io::pipe().unwrap();
+    let mut blocks = std::os::fd::OwnedFd::from(full.try_clone().unwrap());
+    nix::fcntl::fcntl(&blocks, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
+        .unwrap();
+    for piece in [4096, 1] {
+        while nix::unistd::write(&mut blocks, &vec![b'.'; piece]).is_ok() {}
+    }
+    nix::fcntl::fcntl(&blocks, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();
+    let mut child = attempts(Role::Queue, "panic").stderr(full).spawn().unwrap();
+    let start = std::time::Instant::now();
+    while child.try_wait().unwrap().is_none() && start.elapsed() < PATIENCE {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let _ = child.kill();
+    let status = child.wait().unwrap();
+    assert_eq!(status.signal(), Some(libc::SIGABRT), "{status}");
+}
+
 #[inline(never)]
 fn panics() {
     panic!("told by a panic");
@@ -235,7 +262,9 @@ fn attempt_in_here() {
     }
     let reach = [Reach::Beside(beside.path().to_owned()), Reach::Socket(socket.path().to_owned())];
     let violation = Some(Violation::Kill).filter(|_| only != Some(Only::Landlock));
+    logger::hold();
     let missing = sandbox::enter(&reach, violation).unwrap();
+    logger::detach().unwrap();
     match only {
         Some(Only::Filters) => {
             let said = missing.iter().any(|what| what.starts_with("files are not restricted"));

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use frontend::connection::FIRST_REQUEST_QUEUE as REQUESTS;
 use frontend::pattern::{assert_same, blocks};
 use frontend::protocol::{
-    FLAG_VERSION, VRING_NO_FD, feature, protocol_feature, request, vring_state,
+    Channel, FLAG_VERSION, VRING_NO_FD, feature, protocol_feature, request, vring_state,
 };
 use frontend::ring::{
     DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, RawDesc, RingAddresses, indirect_table,
@@ -251,6 +251,26 @@ fn descriptors_where_none_belong_are_not_leaked() {
         assert_serves(&daemon);
     }
     at_rest.assert_again(&daemon);
+}
+
+/// Every piece of a message may bring some; more in all than any message has end the connection.
+#[test]
+fn a_message_has_few_descriptors() {
+    let daemon = Daemon::with_disk(DISK, "");
+    let gift = std::fs::File::open("/dev/null").unwrap();
+    let header = [request::SET_MEM_TABLE, FLAG_VERSION, 4096].map(u32::to_ne_bytes).concat();
+    for counts in [&[33][..], &[253], &[0, 16, 18]] {
+        let channel = Channel::new(daemon.connect(), daemon.diagnosis());
+        for (n, count) in counts.iter().enumerate() {
+            let fds = vec![std::os::fd::AsRawFd::as_raw_fd(&gift); *count];
+            let bytes = if n == 0 { &header[..] } else { &[0] };
+            channel.send_bytes(bytes, &fds).unwrap();
+        }
+        channel.expect_hangup();
+        let said = format!("{} descriptors with one message", counts.iter().sum::<usize>());
+        eventually(&format!("{said:?} in {}", daemon.log()), || daemon.log().contains(&said));
+    }
+    assert_serves(&daemon);
 }
 
 /// A stream has no messages in it: each may come byte by byte, its descriptors with the first.

@@ -36,6 +36,7 @@ pub fn run(cli: &Cli) -> Result<ExitCode, StartError> {
         println!("{CAPABILITIES}");
         return Ok(ExitCode::SUCCESS);
     }
+    logger::hold();
     limits::raise_open_files();
     let disks = cli.disks.iter().map(|a| DiskConfig::parse(a)).collect::<Result<Vec<_>, _>>()?;
     let endpoints = Endpoint::from_cli(cli)?;
@@ -62,15 +63,16 @@ pub fn run(cli: &Cli) -> Result<ExitCode, StartError> {
         );
     }
     lock_in(cli, &disks)?;
+    let short =
+        |e: std::io::Error| StartError::host(limits::behind(&e).unwrap_or_else(|| e.to_string()));
+    // Before all other threads, which may log and not look whether there is room.
+    logger::detach().map_err(short)?;
     for unit in &units {
         unit.store().pool().start().map_err(|e| {
             let why = limits::behind(&e).unwrap_or_else(|| e.to_string());
             StartError::host(format!("a thread for each disk: {why}"))
         })?;
     }
-    let short =
-        |e: std::io::Error| StartError::host(limits::behind(&e).unwrap_or_else(|| e.to_string()));
-    logger::detach().map_err(short)?;
     let offer = Offer {
         request_queues: cli.num_queues.into(),
         config_space: cli.config_space,

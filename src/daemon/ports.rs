@@ -32,6 +32,9 @@ const SAY_EACH: Duration = Duration::from_secs(10);
 /// How often it is looked, once all connections were told to end, for front ends that read no replies.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// For how long connections are waited for at least: so long may one with nothing in flight take to end.
+const ENDING: Duration = Duration::from_millis(200);
+
 /// All ports of the daemon.
 pub(super) struct Ports<'a> {
     device: &'a Arc<Device>,
@@ -74,7 +77,7 @@ impl<'a> Ports<'a> {
     /// Tells all connections to end before it waits for any. A second signal ends the waiting.
     fn end(mut self, grace: Duration) -> bool {
         self.all.iter_mut().for_each(Serving::hang_up);
-        let asked = Instant::now();
+        let (asked, grace) = (Instant::now(), grace.max(ENDING));
         let mut again = false;
         while self.all.iter().any(Serving::has_more) {
             let left = grace.saturating_sub(asked.elapsed());

@@ -31,7 +31,7 @@ const SYSTEMD_FIRST_FD: RawFd = 3;
 const MAX_PATH: usize = 107;
 
 /// For how long another daemon may be in the middle of making a socket in the same directory.
-const MAKING: Duration = Duration::from_secs(10);
+const MAKING: Duration = Duration::from_secs(5);
 
 /// Most sockets, and so ports, of a daemon.
 const MAX_SOCKETS: usize = 64;
@@ -265,7 +265,7 @@ impl Checked {
 /// Listens on a path. Of several daemons that find the same stale socket, or nothing, one has it: whoever replaces a
 /// socket holds a lock on its directory from the look at the old one until the new one is listened on.
 fn listen(path: &Path) -> Result<Socket, String> {
-    let _lock = lock_directory(path)?;
+    let _lock = lock_directory(path);
     let cannot = |e: io::Error| match e.kind() {
         // By a program that does not know of the lock.
         ErrorKind::AddrInUse => IN_USE.to_owned(),
@@ -282,19 +282,24 @@ fn listen(path: &Path) -> Result<Socket, String> {
 }
 
 /// The lock of the directory that `path` is in. `None` where there is no such lock: a directory that cannot be read,
-/// a file system without locks.
-fn lock_directory(path: &Path) -> Result<Option<Flock<File>>, String> {
+/// a file system without locks; and where somebody keeps it who makes no socket.
+fn lock_directory(path: &Path) -> Option<Flock<File>> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let Ok(mut directory) = File::open(parent.unwrap_or(Path::new("."))) else { return Ok(None) };
+    let mut directory = File::open(parent.unwrap_or(Path::new("."))).ok()?;
     let start = Instant::now();
     loop {
         directory = match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(Some(lock)),
+            Ok(lock) => return Some(lock),
             Err((_, Errno::EAGAIN)) if start.elapsed() > MAKING => {
-                return Err("its directory stays locked (flock) by another process".into());
+                log::warn!(
+                    "{}: its directory stays locked (flock) by another process; listening without \
+                     the lock",
+                    path.display()
+                );
+                return None;
             }
             Err((directory, Errno::EAGAIN)) => directory,
-            Err(_) => return Ok(None),
+            Err(_) => return None,
         };
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -31,6 +31,10 @@ const MAX_PAYLOAD: u32 = 4096;
 /// Most descriptors that come with a message.
 const MAX_FILES: usize = 32;
 
+/// Most descriptors that the kernel passes at once (SCM_MAX_FD). With room for them it drops some only where there
+/// is no number left for them.
+const MAX_PASSED: usize = 253;
+
 /// In the flags of a header: the version of the protocol, the mark of a reply, the wish for one.
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
@@ -248,7 +252,8 @@ fn receive(stream: &UnixStream) -> Result<Message> {
     Ok(Message { number, flags, payload, files })
 }
 
-/// Receives as many bytes as there is room for, or up to the end of the stream; returns how many.
+/// Receives as many bytes as there is room for, or up to the end of the stream; returns how many. Every piece may bring
+/// descriptors.
 fn fill(stream: &UnixStream, into: &mut [u8], files: &mut Vec<File>) -> Result<usize> {
     let mut done = 0;
     while let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty()) {
@@ -256,6 +261,12 @@ fn fill(stream: &UnixStream, into: &mut [u8], files: &mut Vec<File>) -> Result<u
             Ok(0) => break,
             Ok(got) => done += got,
             Err(error) => wait_if_it_passes(error)?,
+        }
+        if files.len() > MAX_FILES {
+            let count = files.len();
+            return Err(wrong(format_args!(
+                "{count} descriptors with one message: at most {MAX_FILES} are taken"
+            )));
         }
     }
     Ok(done)
@@ -266,7 +277,7 @@ fn receive_some(
     into: &mut [u8],
     files: &mut Vec<File>,
 ) -> std::result::Result<usize, errno::Error> {
-    let mut fds = [-1; MAX_FILES];
+    let mut fds = [-1; MAX_PASSED];
     let mut place = [libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() }];
     // SAFETY: the place is that of `into`, for any bytes.
     let (got, count) = unsafe { stream.recv_with_fds(&mut place, &mut fds) }?;
