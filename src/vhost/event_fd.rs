@@ -26,7 +26,6 @@ pub(super) fn check(file: Option<File>) -> Result<Option<File>> {
 /// Reads a kick, if there still is one: the front end has the descriptor as well, may read it first, and may have made
 /// its reads wait. Says whether that can be done at all: not by something else than an eventfd, and not by Linux before
 /// 5.12, where an eventfd knows no read that does not wait (RWF_NOWAIT).
-#[allow(dead_code, reason = "queues read their kicks themselves so far")]
 pub(super) fn drain(kick: &File) -> bool {
     let mut count = [0_u8; size_of::<u64>()];
     let place = libc::iovec { iov_base: count.as_mut_ptr().cast(), iov_len: count.len() };

@@ -8,7 +8,7 @@
 //! as any other thread would, and ends.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -21,6 +21,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll, ppoll};
 use nix::sys::time::TimeSpec;
 
+use super::event_fd;
 use super::message::{Mailbox, Message, Queues, Sweep, keep_unreported};
 use super::ring::Ring;
 use super::watchdog::{Watchdog, Watched};
@@ -497,8 +498,8 @@ impl<S: Service> State<S> {
         if woken {
             let _ = self.mailbox.wake().read();
         }
-        if kicked && !self.consume_kick() {
-            log::warn!("the kick descriptor is not an eventfd; the queue is polled");
+        if kicked && !self.kick.as_ref().is_some_and(event_fd::drain) {
+            log::warn!("the kick descriptor cannot be read without waiting; the queue is polled");
             self.kick = None;
         }
     }
@@ -511,14 +512,6 @@ impl<S: Service> State<S> {
         match ppoll(&mut fds, Some(TimeSpec::from_duration(self.pause)), None) {
             Ok(0) | Err(_) => self.pause = (self.pause * 9 / 8).min(LONGEST_PAUSE),
             Ok(_) => drop(self.mailbox.wake().read()),
-        }
-    }
-
-    fn consume_kick(&self) -> bool {
-        let Some(mut kick) = self.kick.as_ref() else { return false };
-        match kick.read(&mut [0; 8]) {
-            Ok(n) => n == 8,
-            Err(e) => matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted),
         }
     }
 }
