@@ -63,6 +63,7 @@ fn unsafe_stands_in_few_files_and_each_says_so() {
         "store/fiemap.rs",
         "store/sys.rs",
         "vhost/event_fd.rs",
+        "vhost/lent.rs",
         "vhost/guest_buf.rs",
         "vhost/messages.rs",
         "vhost/split_ring.rs",

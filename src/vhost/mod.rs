@@ -10,6 +10,7 @@ mod event_fd;
 mod events;
 mod guest_buf;
 mod inflight;
+mod lent;
 mod memory;
 mod message;
 mod messages;

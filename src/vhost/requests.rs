@@ -273,6 +273,7 @@ impl RequestQueue {
     }
 
     /// Takes requests from the ring: as many as it may, and no more than a ring's worth.
+    #[inline]
     fn take(&mut self, ring: &mut Ring, most: usize) {
         let room = ring.size().saturating_sub(self.in_flight());
         for _ in 0..room.min(most) {
@@ -400,13 +401,16 @@ impl Service for RequestQueue {
                 }
             }
             let more = take && self.rounds == 0;
-            if take && !more {
-                self.rounds -= 1;
-                self.take(ring, TOGETHER);
-            }
-            if self.taken.is_empty() {
+            let room = take && !more && self.in_flight() < ring.size();
+            let Some(first) = room.then(|| ring.pop_command()).flatten() else {
                 self.rounds = ROUNDS;
                 return Step::Rest { more };
+            };
+            self.rounds -= 1;
+            // The first is not put aside: often it is the only one.
+            self.take(ring, TOGETHER - 1);
+            if let Some(call) = self.receive(ring, first, true) {
+                return Step::Call(call);
             }
         }
     }

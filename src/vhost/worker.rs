@@ -16,12 +16,12 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_utils::atomic::AtomicCell;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll, ppoll};
 use nix::sys::time::TimeSpec;
 
 use super::event_fd;
+use super::lent::Lent;
 use super::message::{Mailbox, Message, Queues, Sweep, keep_unreported};
 use super::ring::Ring;
 use super::watchdog::{Watchdog, Watched};
@@ -170,7 +170,7 @@ impl Worker {
         let threads = Threads::default();
         let loan = Loan::new(index, host, Arc::clone(&threads));
         // Where a thread that could not be made does not take it with it.
-        loan.lent.store(Some(Box::new(state)));
+        loan.lent.lend(Box::new(state));
         let first = Arc::clone(&loan);
         let thread = sandbox::spawn(loan.name(), Role::Queue, move || {
             if let Some(state) = first.lent.take() {
@@ -242,7 +242,7 @@ struct Loan<S> {
     host: Host,
     threads: Threads,
     /// What the thread has, while it is in a host call.
-    lent: AtomicCell<Option<Box<State<S>>>>,
+    lent: Lent<State<S>>,
     /// Host calls begun and ended: odd in a call. Only the thread itself writes it.
     calls: AtomicU64,
     /// `calls` at the last look.
@@ -264,7 +264,7 @@ impl<S: Service> Loan<S> {
             index,
             host,
             threads,
-            lent: AtomicCell::new(None),
+            lent: Lent::default(),
             calls: AtomicU64::new(0),
             seen: AtomicU64::new(0),
             awake: AtomicBool::new(false),
@@ -329,7 +329,7 @@ impl<S: Service> Loan<S> {
             self.host.watchdog.wake();
         }
         let begun = self.calls.load(Ordering::Relaxed).wrapping_add(1);
-        self.lent.store(Some(state));
+        self.lent.lend(state);
         self.calls.store(begun, Ordering::Release);
         let store = self.host.target.disks().get(disk).map(|lun| lun.store());
         let result = store.and_then(|store| store.try_now(&operation));
