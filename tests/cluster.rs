@@ -3,8 +3,7 @@
 
 mod frontend;
 
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use frontend::connection::FIRST_REQUEST_QUEUE;
@@ -14,41 +13,14 @@ use frontend::*;
 
 use frontend::scsi::status::{RESERVATION_CONFLICT, TASK_ABORTED};
 
-/// A daemon with several sockets.
-struct Cluster {
-    daemon: Daemon,
-    others: Vec<PathBuf>,
+/// A daemon with several sockets and one disk.
+fn cluster(scratch: &Scratch, ports: usize, disk: &Path, options: &str) -> Daemon {
+    Daemon::builder(scratch).disk(disk, options).ports(ports).spawn()
 }
 
-impl Cluster {
-    fn new(scratch: &Scratch, sockets: usize, disk: &Path, options: &str) -> Self {
-        let others: Vec<PathBuf> =
-            (1..sockets).map(|n| scratch.join(format!("other-{n}.sock"))).collect();
-        let mut builder = Daemon::builder(scratch).disk(disk, options);
-        for path in &others {
-            builder = builder.arg("--socket-path").arg(path);
-        }
-        Cluster { daemon: builder.spawn(), others }
-    }
-
-    /// The guest behind a socket, from 0 on.
-    fn guest(&self, n: usize, builder: FrontEndBuilder) -> FrontEnd {
-        match n.checked_sub(1) {
-            None => builder.connect(&self.daemon),
-            Some(n) => {
-                let mut stream = None;
-                eventually("a connection", || {
-                    stream = UnixStream::connect(&self.others[n]).ok();
-                    stream.is_some()
-                });
-                builder.attach(stream.unwrap(), self.daemon.diagnosis())
-            }
-        }
-    }
-
-    fn guests<const N: usize>(&self) -> [FrontEnd; N] {
-        std::array::from_fn(|n| self.guest(n, FrontEnd::builder().queues(2)))
-    }
+/// The guests behind its sockets.
+fn guests<const N: usize>(daemon: &Daemon) -> [FrontEnd; N] {
+    std::array::from_fn(|n| FrontEnd::builder().queues(2).connect_to(daemon, n))
 }
 
 fn reserve_out(
@@ -91,8 +63,8 @@ fn compare_and_write(lba: u8) -> Cdb {
 #[test]
 fn each_socket_is_a_port_and_all_lead_to_the_same_disk() {
     let scratch = Scratch::new();
-    let cluster = Cluster::new(&scratch, 3, &scratch.image("disk.img", MIB), "");
-    let guests: [FrontEnd; 3] = cluster.guests();
+    let daemon = cluster(&scratch, 3, &scratch.image("disk.img", MIB), "");
+    let guests: [FrontEnd; 3] = guests(&daemon);
     let luns: Vec<Lun<'_>> = guests.iter().map(|guest| guest.ready_lun(0, 0)).collect();
     luns[0].write16(0, &[1; 512]);
     luns[1].write16(1, &[2; 512]);
@@ -116,7 +88,7 @@ fn each_socket_is_a_port_and_all_lead_to_the_same_disk() {
     // One that goes and comes back disturbs nobody.
     let [first, second, third] = guests;
     drop(first);
-    let again = cluster.guest(0, FrontEnd::builder());
+    let again = FrontEnd::connect(&daemon);
     assert_eq!(again.lun(0, 0).clear_unit_attentions(), [(0x29, 0x00)]);
     for guest in [second, third] {
         guest.lun(0, 0).test_unit_ready();
@@ -127,9 +99,9 @@ fn each_socket_is_a_port_and_all_lead_to_the_same_disk() {
 fn reservations_keep_others_out_and_survive_a_crash() {
     let scratch = Scratch::new();
     let disk = scratch.image("disk.img", MIB);
-    let mut cluster = Cluster::new(&scratch, 2, &disk, "");
+    let mut daemon = cluster(&scratch, 2, &disk, "");
     {
-        let [a, b] = cluster.guests();
+        let [a, b] = guests(&daemon);
         let (a, b) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
         reserve_out(&a, REGISTER, 0, 0, 0xa, APTPL).expect_good();
         reserve_out(&a, RESERVE, WRITE_EXCLUSIVE_REGISTRANTS_ONLY, 0xa, 0, 0).expect_good();
@@ -140,11 +112,11 @@ fn reservations_keep_others_out_and_survive_a_crash() {
         reserve_out(&b, REGISTER, 0, 0, 0xb, APTPL).expect_good();
         assert_eq!((write(&a), write(&b)), (status::GOOD, status::GOOD));
     }
-    cluster.daemon.kill();
-    drop(cluster);
-    let cluster = Cluster::new(&scratch, 2, &disk, "");
+    daemon.kill();
+    drop(daemon);
+    let daemon = cluster(&scratch, 2, &disk, "");
     {
-        let [a, b] = cluster.guests();
+        let [a, b] = guests(&daemon);
         let (a, b) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
         assert_eq!(keys(&a), [0xa, 0xb]);
         assert_eq!(reservation(&b)[8..16], 0xau64.to_be_bytes());
@@ -157,17 +129,17 @@ fn reservations_keep_others_out_and_survive_a_crash() {
         reserve_out(&b, 6, 0, 0, 0xc, 0).expect_good();
         assert!(!scratch.join("disk.img.thinlun").exists());
     }
-    drop(cluster);
-    let cluster = Cluster::new(&scratch, 2, &disk, "");
-    let [a, _] = cluster.guests();
+    drop(daemon);
+    let daemon = cluster(&scratch, 2, &disk, "");
+    let [a, _] = guests(&daemon);
     assert!(keys(&a.ready_lun(0, 0)).is_empty());
 }
 
 #[test]
 fn a_reserve_of_old_goes_with_its_guest() {
     let scratch = Scratch::new();
-    let cluster = Cluster::new(&scratch, 2, &scratch.image("disk.img", MIB), "");
-    let [a, b] = cluster.guests();
+    let daemon = cluster(&scratch, 2, &scratch.image("disk.img", MIB), "");
+    let [a, b] = guests(&daemon);
     let lun = b.ready_lun(0, 0);
     a.ready_lun(0, 0).run(Cdb::new(0x16)).expect_good();
     assert_eq!(lun.run(cdb::test_unit_ready()).status, RESERVATION_CONFLICT);
@@ -178,11 +150,9 @@ fn a_reserve_of_old_goes_with_its_guest() {
 #[test]
 fn copies_respect_the_reservations_of_other_disks() {
     let scratch = Scratch::new();
-    let mut builder = Daemon::builder(&scratch).disk(&scratch.image("disk.img", MIB), "");
-    let other = scratch.join("other.sock");
-    builder = builder.disk(&scratch.image("copy.img", MIB), "").arg("--socket-path").arg(&other);
-    let cluster = Cluster { daemon: builder.spawn(), others: vec![other] };
-    let [a, b] = cluster.guests();
+    let builder = Daemon::builder(&scratch).disk(&scratch.image("disk.img", MIB), "");
+    let daemon = builder.disk(&scratch.image("copy.img", MIB), "").ports(2).spawn();
+    let [a, b] = guests(&daemon);
     let (from, to, held) = (b.ready_lun(0, 0), b.ready_lun(0, 1), a.ready_lun(0, 1));
     from.write16(0, &[3; 4096]);
     let cscd = |lun: &Lun<'_>| {
@@ -212,8 +182,8 @@ fn preempt_and_abort_ends_commands_in_flight() {
     let scratch = Scratch::new();
     let disk = scratch.image("disk.img", MIB);
     // Each read of the second block takes a while.
-    let cluster = Cluster::new(&scratch, 3, &disk, "fault=read:delay-ms-700@512-1024");
-    let [a, b, c] = cluster.guests();
+    let daemon = cluster(&scratch, 3, &disk, "fault=read:delay-ms-700@512-1024");
+    let [a, b, c] = guests(&daemon);
     let (la, lb, lc) = (a.ready_lun(0, 0), b.ready_lun(0, 0), c.ready_lun(0, 0));
     for (lun, key) in [(&la, 0xa), (&lb, 0xb), (&lc, 0xc)] {
         reserve_out(lun, REGISTER, 0, 0, key, 0).expect_good();
@@ -247,8 +217,8 @@ fn preempt_and_abort_ends_commands_in_flight() {
 fn a_reset_of_the_disk_ends_everybodys_commands_and_an_abort_only_ones_own() {
     let scratch = Scratch::new();
     let disk = scratch.image("disk.img", MIB);
-    let cluster = Cluster::new(&scratch, 2, &disk, "fault=read:delay-ms-400@512-1024");
-    let [a, b] = cluster.guests();
+    let daemon = cluster(&scratch, 2, &disk, "fault=read:delay-ms-400@512-1024");
+    let [a, b] = guests(&daemon);
     let (la, lb) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
     let slow = |lun: &Lun<'_>| lun.submit(&lun.request(cdb::read16(1, 1)).data_in(512));
     for function in [Tmf::AbortTaskSet, Tmf::ClearTaskSet] {
@@ -297,8 +267,8 @@ fn two_guests_count_to_exactly_the_sum() {
     let times: u64 = std::env::var("THINLUN_TEST_INCREMENTS")
         .map_or(1_000_000, |text| text.parse().expect("a number"));
     let scratch = Scratch::new();
-    let cluster = Cluster::new(&scratch, 2, &scratch.image("disk.img", MIB), "");
-    let guests: [FrontEnd; 2] = cluster.guests();
+    let daemon = cluster(&scratch, 2, &scratch.image("disk.img", MIB), "");
+    let guests: [FrontEnd; 2] = guests(&daemon);
     guests.iter().for_each(|guest| drop(guest.ready_lun(0, 0)));
     let start = Instant::now();
     let tries: u64 = std::thread::scope(|scope| {
@@ -316,8 +286,8 @@ fn plain_reads_see_no_half_of_an_atomic_write() {
     let scratch = Scratch::new();
     for options in ["", "cache=direct,block-size=4096"] {
         let disk = scratch.image("disk.img", MIB);
-        let cluster = Cluster::new(&scratch, 2, &disk, options);
-        let [a, b] = cluster.guests();
+        let daemon = cluster(&scratch, 2, &disk, options);
+        let [a, b] = guests(&daemon);
         let (la, lb) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
         let blocks = 16;
         std::thread::scope(|scope| {

@@ -9,7 +9,6 @@ mod frontend;
 mod mounts;
 
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,7 +41,6 @@ const SPARSE: u16 = 6;
 /// A daemon with a unit on a file system that can hang, and units on storage that does not.
 struct Rig {
     daemon: Daemon,
-    other_socket: PathBuf,
     scratch: Scratch,
     host: Hanging,
     how: Hang,
@@ -69,7 +67,6 @@ impl Rig {
             image(behind.clone(), name);
         }
         let hanging = |name| host.path().join(name);
-        let other_socket = scratch.join("other.sock");
         let daemon = Daemon::builder(&scratch)
             .disk(&hanging("hangs.img"), &["lun=0", options].join(","))
             .disk(&healthy("cached.img"), "lun=1")
@@ -78,10 +75,9 @@ impl Rig {
             .disk(&hanging("same-1.img"), "lun=4")
             .disk(&hanging("same-2.img"), "lun=5,cache=direct")
             .disk(&scratch.image("sparse.img", DISK as u64), "lun=6,cache=direct")
-            .arg("--socket-path")
-            .arg(&other_socket)
+            .ports(2)
             .spawn();
-        Some(Rig { daemon, other_socket, scratch, host, how, _tmpfs: tmpfs })
+        Some(Rig { daemon, scratch, host, how, _tmpfs: tmpfs })
     }
 
     fn front_end(&self) -> FrontEnd {
@@ -92,12 +88,7 @@ impl Rig {
     }
 
     fn other_front_end(&self) -> FrontEnd {
-        let mut stream = None;
-        eventually("a connection to the other socket", || {
-            stream = UnixStream::connect(&self.other_socket).ok();
-            stream.is_some()
-        });
-        FrontEnd::builder().attach(stream.unwrap(), self.daemon.diagnosis())
+        FrontEnd::builder().connect_to(&self.daemon, 1)
     }
 
     fn hang(&self) -> Hung {

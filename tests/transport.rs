@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use frontend::connection::FIRST_REQUEST_QUEUE as REQUESTS;
+use frontend::connection::{CONTROL_QUEUE, FIRST_REQUEST_QUEUE as REQUESTS};
 use frontend::pattern::{assert_same, blocks};
 use frontend::protocol::{
     Channel, FLAG_VERSION, VRING_NO_FD, feature, protocol_feature, request, vring_state,
@@ -599,12 +599,14 @@ fn a_ring_waits_for_its_memory() {
     }
 }
 
-/// What lies in a ring that is out of memory cannot be looked at; a function that is about it is answered all the same, and
-/// what it ended is not begun when the memory is back.
+/// What lies in a ring that is out of memory cannot be looked at: its own front end's functions wait until the memory is
+/// back, another's reset does not, and what they end is not begun.
 #[test]
 fn functions_reach_what_lies_in_memory_that_is_away() {
     const PLUGGED: u64 = 64 * GIB;
-    let daemon = Daemon::with_disk(DISK, "");
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", DISK);
+    let daemon = Daemon::builder(&scratch).disk(&disk, "").ports(2).spawn();
     let layout = vec![RegionSpec::new(0, 8 * MIB), RegionSpec::new(PLUGGED, 4 * MIB).reserved()];
     let fe = FrontEnd::builder().memory(layout, MemoryMessage::Slots).connect(&daemon);
     fe.stop_queue(REQUESTS);
@@ -621,15 +623,25 @@ fn functions_reach_what_lies_in_memory_that_is_away() {
         let read = lun.request(cdb::read10(8, 8)).data_in(4096).tag(77);
         fe.take_away(PLUGGED);
         let ticket = lun.submit(&read);
-        let code = fe.tmf(function, lun.address, 77);
-        assert_eq!(code, scsi::response::FUNCTION_COMPLETE, "{function:?}");
+        let asked = fe.queue(CONTROL_QUEUE).submit(&function.exchange(lun.address, 77));
+        let early = fe.queue(CONTROL_QUEUE).wait_for(Duration::from_millis(100));
+        assert!(early.is_none(), "{function:?} is answered though nobody can see its command");
         fe.give_back(PLUGGED);
+        let code = control::tmf_response(&fe.queue(CONTROL_QUEUE).wait(asked));
+        assert_eq!(code, scsi::response::FUNCTION_COMPLETE, "{function:?}");
         let answer = fe.wait(ticket);
         assert_eq!(answer.response, ends, "{function:?}");
         assert_same(&answer.buffer, &[frontend::queue::POISON; 4096], "it never began");
         lun.clear_unit_attentions();
         lun.read16(8, 8);
     }
+    let other = FrontEnd::builder().connect_to(&daemon, 1);
+    fe.take_away(PLUGGED);
+    let ticket = lun.submit(&lun.request(cdb::read10(8, 8)).data_in(4096));
+    let code = other.tmf(Tmf::LogicalUnitReset, lun.address, 0);
+    assert_eq!(code, scsi::response::FUNCTION_COMPLETE, "it waits for another guest's memory");
+    fe.give_back(PLUGGED);
+    assert_eq!(fe.wait(ticket).response, scsi::response::RESET);
 }
 
 /// A ring whose memory was not told of yet starts when it is.

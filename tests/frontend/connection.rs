@@ -166,7 +166,13 @@ impl FrontEndBuilder {
 
     #[track_caller]
     pub fn connect(self, daemon: &Daemon) -> FrontEnd {
-        self.attach(daemon.connect(), daemon.diagnosis())
+        self.connect_to(daemon, 0)
+    }
+
+    /// The same to one of several sockets, from 0 on.
+    #[track_caller]
+    pub fn connect_to(self, daemon: &Daemon, port: usize) -> FrontEnd {
+        self.attach(daemon.connect_to(port), daemon.diagnosis())
     }
 
     /// Sets up the device at the other end of a connected socket.

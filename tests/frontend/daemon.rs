@@ -154,6 +154,7 @@ enum Endpoint {
 pub struct DaemonBuilder {
     scratch: Scratch,
     endpoint: Endpoint,
+    others: Vec<PathBuf>,
     args: Vec<OsString>,
     inherited: Vec<(OwnedFd, RawFd)>,
     listen_fds: Option<u32>,
@@ -168,6 +169,7 @@ impl DaemonBuilder {
         Self {
             scratch: scratch.clone(),
             endpoint: Endpoint::Path(scratch.join("vhost.sock")),
+            others: Vec::new(),
             args: Vec::new(),
             inherited: Vec::new(),
             listen_fds: None,
@@ -180,6 +182,13 @@ impl DaemonBuilder {
     /// Listens on this path instead.
     pub fn socket(mut self, path: impl Into<PathBuf>) -> Self {
         self.endpoint = Endpoint::Path(path.into());
+        self
+    }
+
+    /// Listens on so many sockets, for as many initiators.
+    pub fn ports(mut self, count: usize) -> Self {
+        self.others =
+            (1..count).map(|n| self.scratch.join(format!("vhost-{}.sock", n + 1))).collect();
         self
     }
 
@@ -260,7 +269,8 @@ impl DaemonBuilder {
             Endpoint::Inherited => None,
         };
         let diagnosis = Diagnosis { log, pid: child.id() as i32 };
-        let mut daemon = Daemon { child, socket, diagnosis, scratch: self.scratch, status: None };
+        let DaemonBuilder { scratch, others, .. } = self;
+        let mut daemon = Daemon { child, socket, others, diagnosis, scratch, status: None };
         daemon.wait_until_listening();
         daemon
     }
@@ -298,6 +308,9 @@ impl DaemonBuilder {
             Some(count) => listening_command(count),
         };
         if let Endpoint::Path(path) = &self.endpoint {
+            command.arg("--socket-path").arg(path);
+        }
+        for path in &self.others {
             command.arg("--socket-path").arg(path);
         }
         command.args(&self.args).stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
@@ -354,6 +367,7 @@ fn inherit(command: &mut Command, fds: &[(OwnedFd, RawFd)]) {
 pub struct Daemon {
     child: Child,
     socket: Option<PathBuf>,
+    others: Vec<PathBuf>,
     diagnosis: Diagnosis,
     scratch: Scratch,
     status: Option<ExitStatus>,
@@ -401,9 +415,19 @@ impl Daemon {
     /// A new connection, without a message on it.
     #[track_caller]
     pub fn connect(&self) -> UnixStream {
+        self.connect_to(0)
+    }
+
+    /// The same to one of several sockets.
+    #[track_caller]
+    pub fn connect_to(&self, port: usize) -> UnixStream {
+        let path = match port.checked_sub(1) {
+            None => self.socket(),
+            Some(n) => &self.others[n],
+        };
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match UnixStream::connect(self.socket()) {
+            match UnixStream::connect(path) {
                 Ok(stream) => return stream,
                 Err(e) if Instant::now() > deadline => {
                     self.diagnosis.fail(&format!("cannot connect: {e}"))
