@@ -145,15 +145,17 @@ impl Chains {
         Ok(Chain { head, readable, writable })
     }
 
-    /// The command whose chain begins at descriptor `head`. Its header and response are on their way to this processor
+    /// The command whose chain begins at descriptor `head`, and whether it was taken before. Its header and response are on their way to this processor
     /// when it returns.
     ///
     /// # Errors
     /// As [`Chains::resolve`]; and if there is no room for a response.
+    #[inline(always)]
     pub(super) fn resolve_command(
         &mut self,
         ring: &SplitRing,
         head: u16,
+        again: bool,
     ) -> Result<CommandChain, &'static str> {
         let mut header = Wanted::new(size_of::<CommandHeader>());
         let mut response = Wanted::new(size_of::<CommandResponse>());
@@ -174,7 +176,7 @@ impl Chains {
             return Err("no room for a response");
         }
         let (header, response) = (header.part, response.part);
-        Ok(CommandChain { head, header, response, data_out, data_in, again: false })
+        Ok(CommandChain { head, header, response, data_out, data_in, again })
     }
 
     /// Gives the first bytes of a range to the part that is wanted, the rest to the data.
@@ -221,7 +223,7 @@ impl Chains {
     }
 
     /// The header of a command; `None` if there is less of it.
-    #[inline]
+    #[inline(always)]
     pub(super) fn header(&mut self, part: &Part) -> Option<CommandHeader> {
         match part {
             Part::Nothing => None,

@@ -163,6 +163,7 @@ impl RequestQueue {
     }
 
     /// Begins a command that was taken; says what host call it waits for, if it may and does.
+    #[inline(always)]
     fn receive(
         &mut self,
         ring: &mut Ring,
@@ -272,13 +273,29 @@ impl RequestQueue {
         }
     }
 
-    /// Takes requests from the ring: as many as it may, and no more than a ring's worth.
-    #[inline]
-    fn take(&mut self, ring: &mut Ring, most: usize) {
+    /// Takes requests from the ring: as many as it may, and no more than a ring's worth. Says whether there were any.
+    #[inline(always)]
+    fn take(&mut self, ring: &mut Ring, most: usize) -> bool {
         let room = ring.size().saturating_sub(self.in_flight());
         for _ in 0..room.min(most) {
             let Some(chain) = ring.pop_command() else { break };
             self.taken.push_back(chain);
+        }
+        !self.taken.is_empty()
+    }
+
+    /// Takes all that is there, to look at it.
+    #[cold]
+    fn take_all(&mut self, ring: &mut Ring) {
+        self.take(ring, ring.size());
+    }
+
+    /// The ring is in memory again.
+    #[cold]
+    fn sweep_later(&mut self, ring: &mut Ring) {
+        self.take_all(ring);
+        for sweep in std::mem::take(&mut self.later) {
+            self.sweep_taken(ring, &sweep);
         }
     }
 
@@ -389,10 +406,7 @@ impl RequestQueue {
 impl Service for RequestQueue {
     fn advance(&mut self, ring: &mut Ring, take: bool) -> Step {
         if take && !self.later.is_empty() && !ring.is_away() {
-            self.take(ring, ring.size());
-            for sweep in std::mem::take(&mut self.later) {
-                self.sweep_taken(ring, &sweep);
-            }
+            self.sweep_later(ring);
         }
         loop {
             while let Some(chain) = self.taken.pop_front() {
@@ -401,17 +415,11 @@ impl Service for RequestQueue {
                 }
             }
             let more = take && self.rounds == 0;
-            let room = take && !more && self.in_flight() < ring.size();
-            let Some(first) = room.then(|| ring.pop_command()).flatten() else {
+            if !take || more || !self.take(ring, TOGETHER) {
                 self.rounds = ROUNDS;
                 return Step::Rest { more };
-            };
-            self.rounds -= 1;
-            // The first is not put aside: often it is the only one.
-            self.take(ring, TOGETHER - 1);
-            if let Some(call) = self.receive(ring, first, true) {
-                return Step::Call(call);
             }
+            self.rounds -= 1;
         }
     }
 
@@ -488,12 +496,13 @@ impl Service for RequestQueue {
                 false => keep_unreported(&mut self.later, sweep),
             }
         } else if take {
-            self.take(ring, ring.size());
+            self.take_all(ring);
         }
         self.sweep_taken(ring, sweep);
         self.sweep_begun(ring, sweep);
     }
 
+    #[cold]
     fn leave_memory(&mut self, ring: &mut Ring) {
         while let Some(chain) = self.taken.pop_front() {
             let _ = self.receive(ring, chain, false);

@@ -135,25 +135,24 @@ impl Ring {
     /// The next request, or `None` if there is none, or nothing but wrong ones for as long as the queue is: a
     /// driver that makes them without end holds nobody up.
     pub(super) fn pop(&mut self) -> Option<Chain> {
-        self.pop_as(Chains::resolve).map(|(chain, _)| chain)
+        self.pop_as(|chains, parts, head, _| chains.resolve(parts, head))
     }
 
     /// The same, as a command.
+    #[inline(always)]
     pub(super) fn pop_command(&mut self) -> Option<CommandChain> {
-        let (mut chain, again) = self.pop_as(Chains::resolve_command)?;
-        chain.again = again;
-        Some(chain)
+        self.pop_as(Chains::resolve_command)
     }
 
-    #[inline]
+    #[inline(always)]
     fn pop_as<T>(
         &mut self,
-        resolve: impl Fn(&mut Chains, &SplitRing, u16) -> Result<T, &'static str>,
-    ) -> Option<(T, bool)> {
+        resolve: impl Fn(&mut Chains, &SplitRing, u16, bool) -> Result<T, &'static str>,
+    ) -> Option<T> {
         for _ in 0..self.parts.size() {
             let (head, again) = self.next_head()?;
-            match resolve(&mut self.chains, &self.parts, head) {
-                Ok(chain) => return Some((chain, again)),
+            match resolve(&mut self.chains, &self.parts, head, again) {
+                Ok(chain) => return Some(chain),
                 Err(why) => self.refuse(head, why),
             }
         }
@@ -161,7 +160,7 @@ impl Ring {
     }
 
     /// The header of a command; `None` if there is less of it.
-    #[inline]
+    #[inline(always)]
     pub(super) fn header(&mut self, part: &Part) -> Option<CommandHeader> {
         self.chains.header(part)
     }
@@ -189,6 +188,7 @@ impl Ring {
         self.rests = self.broken || self.away || self.held.len() >= self.size();
     }
 
+    #[inline(always)]
     fn next_head(&mut self) -> Option<(u16, bool)> {
         if self.rests {
             return None;
@@ -222,6 +222,7 @@ impl Ring {
         !self.rests && (!self.left.is_empty() || self.has_new_requests())
     }
 
+    #[inline]
     fn has_new_requests(&mut self) -> bool {
         if self.next_avail == self.seen_avail {
             self.seen_avail = self.parts.available_index();
