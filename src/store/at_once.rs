@@ -5,6 +5,7 @@
 //! wait; there it hardly ever does, and is many times dearer to hand over than to make. So it is made, while
 //! that goes well.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -100,7 +101,7 @@ fn attempt(there: &AtomicBool, transfer: impl Fn() -> io::Result<usize>) -> Opti
 #[derive(Debug)]
 struct Trust {
     since: Instant,
-    /// Until when calls are watched, in microseconds since then.
+    /// Until when calls are watched, in microseconds since then; 0 if they are not.
     watched: AtomicU64,
     /// When it may be tried again, in the same.
     again: AtomicU64,
@@ -112,12 +113,20 @@ impl Trust {
     }
 
     fn attempt(&self, transfer: impl Fn() -> io::Result<usize>) -> Option<usize> {
+        // While nothing has waited lately some are timed: what makes one wait makes many wait, and a clock costs.
+        let until = self.watched.load(Ordering::Relaxed);
+        if until == 0 && !is_sample() {
+            return transfer().ok();
+        }
         let start = self.since.elapsed();
         let now = microseconds(start);
         if now < self.again.load(Ordering::Relaxed) {
             return None;
         }
-        let watched = now < self.watched.load(Ordering::Relaxed);
+        let watched = now < until;
+        if until != 0 && !watched {
+            self.watched.store(0, Ordering::Relaxed);
+        }
         let before = watched.then(waits);
         let result = transfer();
         let end = self.since.elapsed();
@@ -132,6 +141,21 @@ impl Trust {
         }
         result.ok()
     }
+}
+
+/// Whether this is the one of a few calls of this thread whose time is taken.
+fn is_sample() -> bool {
+    SINCE_SAMPLE.with(|count| {
+        count.set(count.get().wrapping_add(1));
+        count.get() % SAMPLED == 0
+    })
+}
+
+/// One call in so many has its time taken.
+const SAMPLED: u32 = 4;
+
+thread_local! {
+    static SINCE_SAMPLE: Cell<u32> = const { Cell::new(0) };
 }
 
 /// How often this thread has gone to sleep by itself.
@@ -154,11 +178,19 @@ mod tests {
         Ok(3)
     }
 
+    /// Calls until the next is one that is timed.
+    fn untimed(trust: &Trust) {
+        while SINCE_SAMPLE.get() % SAMPLED != SAMPLED - 1 {
+            assert_eq!(trust.attempt(|| Ok(1)), Some(1));
+        }
+    }
+
     #[test]
     fn a_write_that_waited_twice_is_not_followed_by_another() {
         let trust = Trust::new();
-        assert_eq!(trust.attempt(|| Ok(1)), Some(1));
+        untimed(&trust);
         assert_eq!(trust.attempt(|| Err(io::ErrorKind::StorageFull.into())), None);
+        untimed(&trust);
         assert_eq!(trust.attempt(sleeps), Some(3));
         assert_eq!(trust.attempt(|| Ok(2)), Some(2));
         assert_eq!(trust.attempt(sleeps), Some(3));
@@ -177,6 +209,7 @@ mod tests {
             Ok(3)
         };
         for _ in 0..4 {
+            untimed(&trust);
             assert_eq!(trust.attempt(busy), Some(3));
         }
     }

@@ -446,7 +446,9 @@ mod tests {
     }
 
     fn heads(ring: &mut Ring, count: usize) -> Vec<(u16, bool)> {
-        std::iter::from_fn(|| ring.pop_as(|_, _, head| Ok(head))).take(count).collect()
+        std::iter::from_fn(|| ring.pop_as(|_, _, head, again| Ok((head, again))))
+            .take(count)
+            .collect()
     }
 
     /// A process that ends while it does again what another has left leaves the rest of that before what is new.
