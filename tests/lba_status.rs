@@ -13,7 +13,7 @@ use frontend::daemon::{Scratch, host_write};
 use frontend::pattern::{Rng, assert_same};
 use frontend::scsi::sense;
 use frontend::*;
-use mounts::{ALL, Kind, Mount, skipped};
+use mounts::{ALL, Kind, LoopDevice, Mount, skipped};
 use nix::fcntl::{FallocateFlags, fallocate};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, FileFailurePersistence, TestRunner};
@@ -434,6 +434,38 @@ impl Modelled<'_> {
             assert_same(&lun.read16(at, step as u32), expected, &format!("LBA {at}"));
         }
     }
+}
+
+/// A device whose sectors are larger than the disk's blocks frees and zeroes single blocks all the same, and touches no
+/// other.
+#[test]
+fn blocks_smaller_than_a_sector_are_freed_and_zeroed() {
+    let Some(device) = LoopDevice::with_sectors(SIZE / MIB, 4096) else { return };
+    let scratch = Scratch::new();
+    let daemon = Daemon::builder(&scratch).disk(&device.device, "block-size=512").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let mut model = Rng::new(0x4b).bytes(SIZE as usize);
+    (0..SIZE / MIB)
+        .for_each(|n| lun.write16(n * 2048, &model[(n * MIB) as usize..][..MIB as usize]));
+    let mut rng = Rng::new(0x4c);
+    for round in 0..400 {
+        let lba = rng.below(SIZE / 512);
+        let count = (*rng.pick(&[1, 7, 8, 9, 63, 512])).min(SIZE / 512 - lba);
+        let list = cdb::unmap_list(&[(lba, count as u32)]);
+        let answer = match round % 4 {
+            0 | 1 => lun.run_out(cdb::unmap(false, list.len() as u16), &list),
+            2 => lun.run(cdb::write_same16(WS_NDOB | WS_UNMAP, lba, count as u32)),
+            _ => lun.run_out(cdb::write_same16(0, lba, count as u32), &[0; 512]),
+        };
+        answer.expect_good();
+        model[(lba * 512) as usize..((lba + count) * 512) as usize].fill(0);
+    }
+    for (n, wanted) in (0..).zip(model.chunks(MIB as usize)) {
+        assert_same(&lun.read16(n * 2048, 2048), wanted, &format!("MiB {n}"));
+    }
+    lun.run(cdb::format_unit(0)).expect_good();
+    assert_same(&lun.read16(0, 2048), &vec![0; MIB as usize], "after FORMAT UNIT");
 }
 
 /// Any commands that write, free, reserve and format leave the bytes and the states they should. What

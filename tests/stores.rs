@@ -226,6 +226,17 @@ fn a_block_device() {
     }
 }
 
+/// Sectors of 4096 bytes, on which fallocate has to be aligned, under blocks of 512.
+#[test]
+fn a_block_device_with_larger_sectors() {
+    let Some(device) = LoopDevice::with_sectors(SIZE as u64 >> 20, 4096) else { return };
+    let store = FileStore::open(&device.device, &options(false)).unwrap();
+    assert_eq!(store.capabilities().host_block, 4096, "the sectors are not what was asked for");
+    contract("loop device with larger sectors", &store);
+    let refused = FileStore::open(&device.device, &options(true)).unwrap_err().0;
+    assert!(refused.contains("block-size=4096"), "{refused}");
+}
+
 #[test]
 fn a_read_only_store_refuses_every_write() {
     let file = tempfile::NamedTempFile::new().unwrap();

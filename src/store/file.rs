@@ -502,15 +502,20 @@ impl Store for FileStore {
 
     fn deallocate(&self, range: Range<u64>) -> Result<(), StoreError> {
         let block = u64::from(self.capabilities.host_block);
-        let range = match self.block_device {
-            true => range,
-            false => extents::without_empty_ends(&self.file, self.knowledge, range, block),
-        };
+        if self.block_device {
+            return self.deallocate.run_aligned(&self.file, &range, block);
+        }
+        let range = extents::without_empty_ends(&self.file, self.knowledge, range, block);
         self.deallocate.run(&self.file, &range)
     }
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
-        self.reserve.run(&self.file, &range)
+        match self.block_device {
+            true => {
+                self.reserve.run_aligned(&self.file, &range, self.capabilities.host_block.into())
+            }
+            false => self.reserve.run(&self.file, &range),
+        }
     }
 
     fn try_now(&self, operation: &Operation) -> Option<Result<(), StoreError>> {

@@ -91,6 +91,32 @@ impl Ladder {
     }
 }
 
+impl Ladder {
+    /// Does it to a range of a device that has it only for whole sectors: parts of one are written, which the page cache
+    /// can do. (O_DIRECT cannot, nor has to: it is refused where the disk's blocks are smaller than a sector.)
+    ///
+    /// # Errors
+    /// As [`Ladder::run`].
+    pub(super) fn run_aligned(
+        &self,
+        file: &File,
+        range: &Range<u64>,
+        sector: u64,
+    ) -> Result<(), StoreError> {
+        let write = |part: Range<u64>| {
+            let written = retry(|| write_zeroes(file, &part));
+            written.map_err(|error| StoreError::at(Cause::from(&error), part.start))
+        };
+        let (start, end) = (range.start.next_multiple_of(sector), range.end - range.end % sector);
+        if start > end {
+            return write(range.clone());
+        }
+        write(range.start..start)?;
+        self.run(file, &(start..end))?;
+        write(end..range.end)
+    }
+}
+
 /// Whether an error says that this file does not have the operation at all.
 fn is_missing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY))
