@@ -468,6 +468,36 @@ fn blocks_smaller_than_a_sector_are_freed_and_zeroed() {
     assert_same(&lun.read16(0, 2048), &vec![0; MIB as usize], "after FORMAT UNIT");
 }
 
+/// Nobody is told of anchored blocks by a disk that says that it has none (VPD B2, ANC_SUP).
+#[test]
+fn only_a_disk_that_has_anchors_tells_of_them() {
+    let reserve = |path: &Path| {
+        let file = OpenOptions::new().write(true).open(path).unwrap();
+        fallocate(&file, FallocateFlags::FALLOC_FL_KEEP_SIZE, MIB as i64, MIB as i64).is_ok()
+    };
+    let scratch = Scratch::new();
+    let image = scratch.image("disk.img", SIZE);
+    let device = LoopDevice::new(SIZE / MIB);
+    let disks = [(image.clone(), image.clone(), ""), (image.clone(), image, "readonly")];
+    let of_device = device.as_ref().map(|d| (d.device.clone(), d.file().to_owned(), ""));
+    for (disk, behind, options) in disks.into_iter().chain(of_device) {
+        if !reserve(&behind) {
+            skipped(
+                "nothing was proved of anchored blocks: the temporary directory has no fallocate",
+            );
+            return;
+        }
+        let daemon = Daemon::builder(&scratch).disk(&disk, options).spawn();
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        let anchors = lun.vpd(0xb2)[5] & 0x02 != 0;
+        let all = statuses(&lun, 100);
+        assert_eq!(all.contains(&ANCHORED), anchors, "{} {options}", disk.display());
+        assert_eq!(all[2048], if anchors { ANCHORED } else { MAPPED }, "it has space");
+        assert_eq!(all[0], DEALLOCATED);
+    }
+}
+
 /// Any commands that write, free, reserve and format leave the bytes and the states they should. What
 /// once failed is kept in tests/regressions and tried first.
 #[test]

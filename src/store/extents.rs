@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | not asked | extent, written | data |
 //! | data | anything | data |
-//! | hole | extent, unwritten | reserved |
+//! | hole | extent, unwritten | reserved; data, where a disk cannot be asked to reserve space |
 //! | hole | no extent, or no FIEMAP here | hole |
 //! | says nothing | anything | data |
 //!
@@ -116,12 +116,15 @@ pub struct Knowledge {
     pub seek: bool,
     /// FIEMAP tells what has space.
     pub fiemap: bool,
+    /// Space that was not written is told as reserved, not as data: for files of which space can be reserved.
+    pub reserved: bool,
 }
 
 impl std::fmt::Display for Knowledge {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match (self.seek, self.fiemap) {
-            (true, true) => "fiemap+seek",
+            (true, true) if self.reserved => "fiemap+seek",
+            (true, true) => "fiemap+seek(reserved space is told as data)",
             (true, false) => "seek(reserved space is told as a hole)",
             (false, _) => "none(everything is told as data)",
         })
@@ -131,7 +134,8 @@ impl std::fmt::Display for Knowledge {
 impl Knowledge {
     /// Tries both calls on the file.
     pub(super) fn probe(host: &impl Host) -> Self {
-        Knowledge { seek: host.next_data(0).is_ok(), fiemap: host.mapped(0..1, 1).is_ok() }
+        let fiemap = host.mapped(0..1, 1).is_ok();
+        Knowledge { seek: host.next_data(0).is_ok(), fiemap, reserved: false }
     }
 }
 
@@ -154,7 +158,7 @@ pub(super) fn walk(
 ) -> Vec<Extent> {
     let budget = limit.saturating_mul(CALLS_PER_EXTENT).max(MIN_CALLS);
     let (list, no_data) = (List::default(), 0..0);
-    let mut walk = Walk { host, list, no_data, limit, calls: 0, budget };
+    let mut walk = Walk { host, knows, list, no_data, limit, calls: 0, budget };
     let mut at = range.start;
     while at < range.end && !walk.is_over() {
         at = match (knows.seek, knows.fiemap) {
@@ -188,6 +192,7 @@ pub(super) fn without_empty_ends(
 
 struct Walk<'a, H> {
     host: &'a H,
+    knows: Knowledge,
     list: List,
     /// A range in which lseek has found no data during this walk.
     no_data: Range<u64>,
@@ -240,7 +245,7 @@ impl<H: Host> Walk<'_, H> {
             if at < start {
                 return at;
             }
-            at = match extent.unwritten {
+            at = match extent.unwritten && self.knows.reserved {
                 true => self.zeroes_unless_data(start..end, Kind::Reserved),
                 false => self.all_data(start..end),
             };
@@ -358,9 +363,9 @@ mod tests {
             .collect()
     }
 
-    const BOTH: Knowledge = Knowledge { seek: true, fiemap: true };
-    const SEEK: Knowledge = Knowledge { seek: true, fiemap: false };
-    const NEITHER: Knowledge = Knowledge { seek: false, fiemap: true };
+    const BOTH: Knowledge = Knowledge { seek: true, fiemap: true, reserved: true };
+    const SEEK: Knowledge = Knowledge { seek: true, fiemap: false, reserved: true };
+    const NEITHER: Knowledge = Knowledge { seek: false, fiemap: true, reserved: true };
 
     #[test]
     fn fresh_data_in_unwritten_extents_is_data() {
@@ -368,6 +373,8 @@ mod tests {
         assert_eq!(letters(&walk(&file, BOTH, 0..16, 99)), "uuduu..dd.d.uu..");
         assert_eq!(letters(&walk(&file, SEEK, 0..16, 99)), "..d....dd.d.....");
         assert_eq!(letters(&walk(&file, NEITHER, 0..16, 99)), "dddddddddddddddd");
+        let no_anchors = Knowledge { reserved: false, ..BOTH };
+        assert_eq!(letters(&walk(&file, no_anchors, 0..16, 99)), "ddddd..dd.d.dd..");
     }
 
     #[test]

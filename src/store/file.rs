@@ -217,7 +217,7 @@ impl FileStore {
             if options.direct { direct_alignment(&file, options.block_size)? } else { (1, 1) };
         let host_block = host_block(&file, block_device).map_err(|e| plain(&e))?;
         let backing = if block_device { BackingFile::of(&file) } else { None };
-        let knowledge = match &backing {
+        let mut knowledge = match &backing {
             Some(backing) => backing.knowledge(),
             None => Knowledge::probe(&file),
         };
@@ -226,6 +226,11 @@ impl FileStore {
             && !block_device
             && probe_space(&file, path, host_block, &deallocate, &reserve)
                 .map_err(|e| plain(&e))?;
+        // Nobody will reserve space of a disk that is only read: it is told of what there is.
+        let reserves = !block_device
+            && knowledge.fiemap
+            && (options.read_only || probed && !reserve.is_last_resort());
+        knowledge.reserved = reserves;
         let name = stable_name(path).ok().filter(|_| !block_device);
         let directory = name.and_then(|name| Directory::of(&name).ok());
         let shares = directory.as_ref().is_some_and(|d| shares_blocks(&file, d).unwrap_or(false));
@@ -236,7 +241,7 @@ impl FileStore {
                 true => sys::discards(&file),
                 false => deallocate.is_best(),
             },
-            reserves: probed && knowledge.fiemap && !reserve.is_last_resort(),
+            reserves,
             whole_writes: 0,
             // Nothing is made beside a disk that is only read.
             snapshots: shares && !options.read_only,
