@@ -386,7 +386,8 @@ impl Modelled<'_> {
                     Contents::Pattern(_) => {
                         self.set(lba, &pattern.repeat(count as usize), Expected::Written);
                     }
-                    _ if *unmap && !anchor => self.zero(lba, count, Expected::Freed),
+                    _ if !*unmap => self.zero(lba, count, Expected::Written),
+                    _ if !anchor => self.zero(lba, count, Expected::Freed),
                     _ => self.zero(lba, count, Expected::Zeroed),
                 }
             }
@@ -432,6 +433,54 @@ impl Modelled<'_> {
         let step = MIB as usize / block;
         for (at, expected) in (0..).step_by(step).zip(self.bench.model.chunks(MIB as usize)) {
             assert_same(&lun.read16(at, step as u32), expected, &format!("LBA {at}"));
+        }
+    }
+}
+
+/// WRITE SAME without UNMAP is a write, of zeroes too: its blocks are mapped, whatever they were, flushed or not.
+#[test]
+fn zeroes_that_were_written_are_mapped() {
+    for kind in ALL {
+        let Some(mount) = Mount::new(kind, 512) else { continue };
+        for options in ["", "block-size=4096,cache=direct"] {
+            let path = mount.path().join("disk.img");
+            std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
+            let scratch = Scratch::new();
+            if !options.is_empty() && kind == Kind::Tmpfs {
+                continue;
+            }
+            let daemon = Daemon::builder(&scratch).disk(&path, options).spawn();
+            let fe = FrontEnd::connect(&daemon);
+            let lun = fe.ready_lun(0, 0);
+            let per = MIB / lun.block_size as u64;
+            let zeroes = vec![0; lun.block_size];
+            if kind != Kind::Tmpfs {
+                let list = cdb::unmap_list(&[(per, per as u32)]);
+                lun.run_out(cdb::unmap(true, list.len() as u16), &list).expect_good();
+            }
+            lun.write16(2 * per, &vec![7; MIB as usize]);
+            for (n, cdb) in [
+                cdb::write_same16(WS_NDOB, 0, per as u32),
+                cdb::write_same32(WS_NDOB, per, per as u32),
+                cdb::write_same16(0, 2 * per, per as u32),
+                cdb::write_same10(0, 3 * per as u32, 1),
+            ]
+            .into_iter()
+            .enumerate()
+            {
+                let answer = if n < 2 { lun.run(cdb) } else { lun.run_out(cdb, &zeroes) };
+                answer.expect_good();
+            }
+            for flushed in [false, true] {
+                let all = statuses(&lun, 4000);
+                let mapped = 3 * per as usize + 1;
+                let wrong = all[..mapped].iter().position(|status| *status != MAPPED);
+                assert_eq!(wrong, None, "{kind:?} {options}, flushed: {flushed}");
+                let host = HOST_BLOCK as usize / lun.block_size;
+                assert_eq!(all[3 * per as usize + host], DEALLOCATED, "{kind:?}");
+                lun.synchronize_cache();
+            }
+            assert_same(&lun.read16(0, 3 * per as u32), &vec![0; 3 * MIB as usize], options);
         }
     }
 }
