@@ -3,7 +3,7 @@
 
 use super::lun::{ByteRange, Lun};
 use super::sense::ScsiError;
-use crate::store::{Buffers, Durability, Piece, StoreError};
+use crate::store::{Buffers, Durability, Piece, Store, StoreError};
 
 /// Most bytes that one host call is asked to free or reserve.
 const STEP: u64 = 4 << 30;
@@ -28,35 +28,57 @@ impl Fill {
         &self,
         lun: &Lun,
         range: ByteRange,
+        go_on: impl FnMut(u64) -> Result<(), ScsiError>,
+    ) -> Result<(), ScsiError> {
+        let write =
+            |store: &dyn Store, at, from: &Buffers| store.write(at, from, Durability::Cached);
+        self.steps(lun.store().as_ref(), lun, range, write, go_on)
+    }
+
+    /// Does it to what there is of a whole disk: a file that the host made shorter than the disk does not become longer.
+    ///
+    /// # Errors
+    /// As [`Fill::run`].
+    pub fn run_on_all(
+        &self,
+        lun: &Lun,
+        range: ByteRange,
+        go_on: impl FnMut(u64) -> Result<(), ScsiError>,
+    ) -> Result<(), ScsiError> {
+        let write = |store: &dyn Store, at, from: &Buffers| store.overwrite(at, from);
+        self.steps(lun.store().as_ref(), lun, range, write, go_on)
+    }
+
+    fn steps(
+        &self,
+        store: &dyn Store,
+        lun: &Lun,
+        range: ByteRange,
+        write: impl Fn(&dyn Store, u64, &Buffers) -> Result<(), StoreError>,
         mut go_on: impl FnMut(u64) -> Result<(), ScsiError>,
     ) -> Result<(), ScsiError> {
         let chunk = match self {
             Fill::Pattern(block) => Some(repeated(block, &range)?),
             Fill::Deallocated | Fill::Anchored => None,
         };
-        let step = chunk.as_ref().map_or(STEP, |chunk| chunk.len() as u64);
         let mut at = range.start;
         while at < range.end {
             go_on(at - range.start)?;
+            let step = chunk.as_ref().map_or(STEP, |chunk| chunk.len() as u64);
             let end = range.end.min(at.saturating_add(step));
-            self.step(lun, at..end, chunk.as_deref())
-                .map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?;
+            let done = match (self, &chunk) {
+                (Fill::Deallocated, _) => store.deallocate(at..end),
+                (Fill::Anchored, _) => store.reserve(at..end),
+                (Fill::Pattern(_), None) => Ok(()),
+                (Fill::Pattern(_), Some(chunk)) => {
+                    let len = usize::try_from(end - at).unwrap_or(usize::MAX);
+                    write(store, at, &chunk.slice(0, len))
+                }
+            };
+            done.map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?;
             at = end;
         }
         Ok(())
-    }
-
-    fn step(&self, lun: &Lun, range: ByteRange, chunk: Option<&Buffers>) -> Result<(), StoreError> {
-        let store = lun.store();
-        match (self, chunk) {
-            (Fill::Deallocated, _) => store.deallocate(range),
-            (Fill::Anchored, _) => store.reserve(range),
-            (Fill::Pattern(_), None) => Ok(()),
-            (Fill::Pattern(_), Some(chunk)) => {
-                let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
-                store.write(range.start, &chunk.slice(0, len), Durability::Cached)
-            }
-        }
     }
 }
 

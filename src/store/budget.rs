@@ -114,6 +114,11 @@ impl<S: Store> Store for Budget<S> {
         self.spend(&range, || self.store.write(offset, from, durability))
     }
 
+    fn overwrite(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        let range = offset..offset.saturating_add(from.len() as u64);
+        self.spend(&range, || self.store.overwrite(offset, from))
+    }
+
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         let range = offset..offset.saturating_add(from.len() as u64);
         self.spend(&range, || self.store.write_whole(offset, from))

@@ -296,6 +296,10 @@ impl Store for Exclusion {
         self.shared(&at(offset, from.len()), || self.store.write(offset, from, durability))
     }
 
+    fn overwrite(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        self.shared(&at(offset, from.len()), || self.store.overwrite(offset, from))
+    }
+
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         self.shared(&at(offset, from.len()), || self.store.write_whole(offset, from))
     }

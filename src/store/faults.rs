@@ -201,6 +201,11 @@ impl<S: Store> Store for Faults<S> {
         self.run(Target::Write, bytes(offset, from), part)
     }
 
+    fn overwrite(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        let part = |range| self.store.overwrite(offset, &first(from, &range));
+        self.run(Target::Write, bytes(offset, from), part)
+    }
+
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         self.strike(Target::Write, &bytes(offset, from))?;
         self.store.write_whole(offset, from)

@@ -469,6 +469,16 @@ impl Store for FileStore {
         }
     }
 
+    fn overwrite(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        let align = u64::from(self.capabilities.transfer_align);
+        let end = self.size()?.next_multiple_of(align);
+        let there = usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX);
+        match there {
+            0 => Ok(()),
+            there => self.write(offset, &from.slice(0, there.min(from.len())), Durability::Cached),
+        }
+    }
+
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         if self.direct && self.is_usable(from) {
             // Where the device can do it, and the range is one that it does. Otherwise nothing was written.

@@ -64,6 +64,11 @@ pub trait Store: Send + Sync {
     /// the host when this returns.
     fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), StoreError>;
 
+    /// Writes `from` at `offset` as far as there is something to be overwritten: a file that ends before keeps its length.
+    fn overwrite(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        self.write(offset, from, Durability::Cached)
+    }
+
     /// Writes all of `from` at `offset`, or nothing: when the host crashes meanwhile, either all of it is there
     /// afterwards or what was there before. It survives a crash when this returns. For stores that can
     /// ([`Capabilities::whole_writes`]), and at most that many bytes.

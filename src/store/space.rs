@@ -23,11 +23,14 @@ pub(super) struct Ladder {
 }
 
 /// Makes a range read as zeroes without space of its own.
-pub(super) const DEALLOCATE: &[(&str, Way)] = &[("punch", punch), ("write", write_zeroes)];
+pub(super) const DEALLOCATE: &[(&str, Way)] = &[("punch", punch), ("write", overwrite_with_zeroes)];
 
 /// Makes a range read as zeroes with space reserved for it.
-pub(super) const RESERVE: &[(&str, Way)] =
-    &[("zero_range", zero_range), ("punch+allocate", punch_and_allocate), ("write", write_zeroes)];
+pub(super) const RESERVE: &[(&str, Way)] = &[
+    ("zero_range", zero_range),
+    ("punch+allocate", punch_and_allocate),
+    ("write", overwrite_with_zeroes),
+];
 
 impl Ladder {
     /// A ladder of which every way may be there.
@@ -89,9 +92,7 @@ impl Ladder {
             }
         }
     }
-}
 
-impl Ladder {
     /// Does it to a range of a device that has it only for whole sectors: parts of one are written, which the page cache
     /// can do. (O_DIRECT cannot, nor has to: it is refused where the disk's blocks are smaller than a sector.)
     ///
@@ -181,9 +182,20 @@ pub(super) fn fill(file: &File, size: u64, progress: impl Fn(u64)) -> io::Result
     file.sync_data()
 }
 
-/// The way that is always there. O_DIRECT has its zeroes aligned like everything else.
+/// The way that is always there. Beyond the end of a file that is shorter than the disk everything reads as zeroes, and it
+/// does not become longer.
+fn overwrite_with_zeroes(file: &File, range: &Range<u64>) -> io::Result<()> {
+    let metadata = file.metadata()?;
+    let end = if metadata.is_file() { range.end.min(metadata.len()) } else { range.end };
+    write_zeroes(file, &(range.start..end))
+}
+
+/// Writes zeroes. O_DIRECT has its zeroes aligned like everything else.
 fn write_zeroes(file: &File, range: &Range<u64>) -> io::Result<()> {
     const CHUNK: u64 = 1 << 20;
+    if range.is_empty() {
+        return Ok(());
+    }
     let chunk = usize::try_from(CHUNK.min(range.end - range.start)).unwrap_or(0);
     let zeroes = super::Buffers::zeroed(chunk).ok_or(io::ErrorKind::OutOfMemory)?;
     let mut at = range.start;
