@@ -3,10 +3,7 @@
 
 use super::lun::{ByteRange, Lun};
 use super::sense::ScsiError;
-use crate::store::{Buffers, Durability, Piece, Store, StoreError};
-
-/// Most bytes that one host call is asked to free or reserve.
-const STEP: u64 = 4 << 30;
+use crate::store::{Buffers, Durability, Kind, Piece, Store, StoreError};
 
 /// What becomes of blocks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,8 +61,12 @@ impl Fill {
         let mut at = range.start;
         while at < range.end {
             go_on(at - range.start)?;
-            let step = chunk.as_ref().map_or(STEP, |chunk| chunk.len() as u64);
-            let end = range.end.min(at.saturating_add(step));
+            let step = match (self, &chunk) {
+                (_, Some(chunk)) => chunk.len() as u64,
+                (Fill::Deallocated, None) => store.zeroes_at_a_time(Kind::Hole),
+                (_, None) => store.zeroes_at_a_time(Kind::Reserved),
+            };
+            let end = range.end.min(at.saturating_add(step.max(1)));
             let done = match (self, &chunk) {
                 (Fill::Deallocated, _) => store.deallocate(at..end),
                 (Fill::Anchored, _) => store.reserve(at..end),

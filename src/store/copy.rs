@@ -211,14 +211,20 @@ impl<'a> Copy<'a> {
         if kind == Kind::Data {
             return self.data(source, at, before);
         }
-        self.check(before).map_err(|failure| (0, failure))?;
-        let range = at..at + len;
-        let done = match (kind, self.holes) {
-            (Kind::Hole, Holes::Stay) => self.to.deallocate(range),
-            _ => self.to.reserve(range),
-        };
-        done.map_err(|error| (0, (Side::Destination, error)))?;
-        self.moved.holes += len;
+        let into = if self.holes == Holes::Stay { kind } else { Kind::Reserved };
+        let mut done = 0;
+        while done < len {
+            self.check(before + done).map_err(|failure| (done, failure))?;
+            let step = (len - done).min(self.to.zeroes_at_a_time(into).max(1));
+            let range = at + done..at + done + step;
+            let zeroed = match into {
+                Kind::Hole => self.to.deallocate(range),
+                Kind::Reserved | Kind::Data => self.to.reserve(range),
+            };
+            zeroed.map_err(|error| (done, (Side::Destination, error)))?;
+            self.moved.holes += step;
+            done += step;
+        }
         Ok(())
     }
 
@@ -410,6 +416,19 @@ mod tests {
         let thick = filled();
         Copy::new(&from, &thick, Holes::AreReserved, &mut |_| true).run(0..SIZE, 0).unwrap();
         assert!(kinds(&thick).iter().all(|extent| extent.kind != Kind::Hole));
+    }
+
+    /// A hole or reserved space of any length is a step at a time, and the copy can be ended before each.
+    #[test]
+    fn a_huge_hole_can_be_cancelled() {
+        const HUGE: u64 = 12 << 30;
+        let (from, to) = (MemStore::new(HUGE), MemStore::new(HUGE));
+        let step = to.zeroes_at_a_time(Kind::Hole);
+        let mut go_on = |done| done < step;
+        let mut copy = Copy::new(&from, &to, Holes::Stay, &mut go_on);
+        let error = copy.run(0..HUGE, 0).unwrap_err();
+        assert_eq!((error.error.cause, error.done), (Cause::Cancelled, step));
+        assert_eq!(copy.moved().holes, step);
     }
 
     #[test]

@@ -15,8 +15,8 @@ use std::time::Duration;
 use super::copy::Method;
 use super::engine::Cancel;
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Notes, Operation, Pool, RingFile, Snapshot,
-    Space, Store, StoreError,
+    Buffers, Capabilities, Cause, Durability, Extent, Kind, Notes, Operation, Pool, RingFile,
+    Snapshot, Space, Store, StoreError,
 };
 
 /// How often one that waits looks whether it is to go on waiting.
@@ -322,6 +322,10 @@ impl Store for Exclusion {
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
         self.shared(&[range.clone(), NOTHING], || self.store.reserve(range))
+    }
+
+    fn zeroes_at_a_time(&self, into: Kind) -> u64 {
+        self.store.zeroes_at_a_time(into)
     }
 
     fn try_now(&self, operation: &Operation) -> Option<Result<(), StoreError>> {

@@ -20,7 +20,7 @@ use super::lock::{LockError, lock_image_soon};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Piece, Pool,
+    Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Piece, Pool,
     RingFile, Snapshot, Space, Store, StoreError, sys,
 };
 use crate::sandbox::Role;
@@ -30,6 +30,10 @@ const POOL_THREADS: usize = 16;
 
 /// Longest transfer that is made at once, by the thread that has others to make, in bytes.
 const MAX_AT_ONCE: usize = 128 << 10;
+
+/// Bytes that are zeroed by one call, where that is a change of a few extents, and where zeroes may be written.
+const ZEROES_MARKED: u64 = 4 << 30;
+const ZEROES_WRITTEN: u64 = 16 << 20;
 
 /// How a file is opened.
 #[derive(Clone, Debug)]
@@ -531,6 +535,17 @@ impl Store for FileStore {
             }
             false => self.reserve.run(&self.file, &range),
         }
+    }
+
+    fn zeroes_at_a_time(&self, into: Kind) -> u64 {
+        // Devices may write them themselves, and memory is cleared when it is taken.
+        let marked = match into {
+            Kind::Hole => self.deallocate.only_marks(),
+            Kind::Reserved | Kind::Data => {
+                self.reserve.only_marks() && !self.capabilities.in_memory
+            }
+        };
+        if marked && !self.block_device { ZEROES_MARKED } else { ZEROES_WRITTEN }
     }
 
     fn try_now(&self, operation: &Operation) -> Option<Result<(), StoreError>> {

@@ -93,6 +93,12 @@ pub trait Store: Send + Sync {
     /// Makes a range read as zeroes and keeps, or takes, space for it.
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError>;
 
+    /// Most bytes that one call should be about that makes them a hole, or reserved, as nothing ends it early: where the
+    /// host has no better way than to write zeroes, it takes as long as its range is.
+    fn zeroes_at_a_time(&self, _into: Kind) -> u64 {
+        4 << 30
+    }
+
     /// Does an operation if that is done at once: the host has the data in memory, or room for it.
     /// `None` if it would have to wait, or nobody can tell; then it is done another way, all of it.
     fn try_now(&self, _operation: &Operation) -> Option<Result<(), StoreError>> {

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
@@ -20,6 +20,8 @@ type Way = fn(&File, &Range<u64>) -> io::Result<()>;
 pub(super) struct Ladder {
     ways: &'static [(&'static str, Way)],
     current: AtomicUsize,
+    /// The way that is used has worked.
+    proven: AtomicBool,
 }
 
 /// Makes a range read as zeroes without space of its own.
@@ -35,7 +37,7 @@ pub(super) const RESERVE: &[(&str, Way)] = &[
 impl Ladder {
     /// A ladder of which every way may be there.
     pub(super) fn new(ways: &'static [(&'static str, Way)]) -> Self {
-        Ladder { ways, current: AtomicUsize::new(0) }
+        Ladder { ways, current: AtomicUsize::new(0), proven: AtomicBool::new(false) }
     }
 
     /// The name of the way that is used now.
@@ -46,6 +48,11 @@ impl Ladder {
     /// Whether the best way is used.
     pub(super) fn is_best(&self) -> bool {
         self.current.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether it is known that no zeroes are written.
+    pub(super) fn only_marks(&self) -> bool {
+        self.proven.load(Ordering::Acquire) && !self.is_last_resort()
     }
 
     /// Whether only the way is left that is always there.
@@ -61,7 +68,7 @@ impl Ladder {
             let Some((_, way)) = self.ways.get(rung) else { return };
             match retry(|| way(file, range)) {
                 Err(error) if is_missing(&error) => self.step_down(rung),
-                _ => return,
+                done => return self.proven.store(done.is_ok(), Ordering::Release),
             }
         }
     }
@@ -86,7 +93,10 @@ impl Ladder {
                 return Err(StoreError::at(Cause::Medium, range.start));
             };
             match retry(|| way(file, range)) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.proven.store(true, Ordering::Release);
+                    return Ok(());
+                }
                 Err(error) if is_missing(&error) => self.step_down(rung),
                 Err(error) => return Err(StoreError::at(Cause::from(&error), range.start)),
             }
