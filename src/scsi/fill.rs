@@ -17,7 +17,8 @@ pub enum Fill {
 }
 
 impl Fill {
-    /// Does it to a range. Before each step `go_on` gets the bytes of the range that are done.
+    /// Does it to a range of a disk, by a thread that may wait for others. Before each step `go_on` gets the bytes of
+    /// the range that are done.
     ///
     /// # Errors
     /// What the host says, with the first block that is not done; or what `go_on` says.
@@ -27,12 +28,11 @@ impl Fill {
         range: ByteRange,
         go_on: impl FnMut(u64) -> Result<(), ScsiError>,
     ) -> Result<(), ScsiError> {
-        let write =
-            |store: &dyn Store, at, from: &Buffers| store.write(at, from, Durability::Cached);
-        self.steps(lun.store().as_ref(), lun, range, write, go_on)
+        self.run_on(lun.store().as_ref(), lun, range, go_on)
     }
 
-    /// Does it to what there is of a whole disk: a file that the host made shorter than the disk does not become longer.
+    /// Does it to what there is of a whole disk, likewise: a file that the host made shorter than the disk does not
+    /// become longer.
     ///
     /// # Errors
     /// As [`Fill::run`].
@@ -42,8 +42,29 @@ impl Fill {
         range: ByteRange,
         go_on: impl FnMut(u64) -> Result<(), ScsiError>,
     ) -> Result<(), ScsiError> {
-        let write = |store: &dyn Store, at, from: &Buffers| store.overwrite(at, from);
-        self.steps(lun.store().as_ref(), lun, range, write, go_on)
+        self.steps(
+            lun.store().as_ref(),
+            lun,
+            range,
+            |store, at, from| store.overwrite(at, from),
+            go_on,
+        )
+    }
+
+    /// Does it to a range that is held, by way of the store that is for that.
+    ///
+    /// # Errors
+    /// As [`Fill::run`].
+    pub fn run_on(
+        &self,
+        store: &dyn Store,
+        lun: &Lun,
+        range: ByteRange,
+        go_on: impl FnMut(u64) -> Result<(), ScsiError>,
+    ) -> Result<(), ScsiError> {
+        let write =
+            |store: &dyn Store, at, from: &Buffers| store.write(at, from, Durability::Cached);
+        self.steps(store, lun, range, write, go_on)
     }
 
     fn steps(

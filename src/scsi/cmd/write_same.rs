@@ -58,5 +58,5 @@ pub(super) fn write_same(context: Context<'_>) -> Result<Reply, ScsiError> {
         (true, false) if !lun.is_thin() => Fill::Anchored,
         _ => Fill::Pattern(block),
     };
-    Ok(Reply::Job(unmap::job(lun, vec![range], fill, needed)))
+    Ok(unmap::job(lun, vec![range], fill, needed))
 }
