@@ -13,7 +13,7 @@ use frontend::daemon::{Scratch, host_write};
 use frontend::pattern::{Rng, assert_same};
 use frontend::scsi::sense;
 use frontend::*;
-use mounts::{ALL, Kind, Mount, skipped};
+use mounts::{ALL, Kind, LoopDevice, Mount, skipped};
 use nix::fcntl::{FallocateFlags, fallocate};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, FileFailurePersistence, TestRunner};
@@ -386,7 +386,8 @@ impl Modelled<'_> {
                     Contents::Pattern(_) => {
                         self.set(lba, &pattern.repeat(count as usize), Expected::Written);
                     }
-                    _ if *unmap && !anchor => self.zero(lba, count, Expected::Freed),
+                    _ if !*unmap => self.zero(lba, count, Expected::Written),
+                    _ if !anchor => self.zero(lba, count, Expected::Freed),
                     _ => self.zero(lba, count, Expected::Zeroed),
                 }
             }
@@ -433,6 +434,116 @@ impl Modelled<'_> {
         for (at, expected) in (0..).step_by(step).zip(self.bench.model.chunks(MIB as usize)) {
             assert_same(&lun.read16(at, step as u32), expected, &format!("LBA {at}"));
         }
+    }
+}
+
+/// WRITE SAME without UNMAP is a write, of zeroes too: its blocks are mapped, whatever they were, flushed or not.
+#[test]
+fn zeroes_that_were_written_are_mapped() {
+    for kind in ALL {
+        let Some(mount) = Mount::new(kind, 512) else { continue };
+        for options in ["", "block-size=4096,cache=direct"] {
+            let path = mount.path().join("disk.img");
+            std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
+            let scratch = Scratch::new();
+            if !options.is_empty() && kind == Kind::Tmpfs {
+                continue;
+            }
+            let daemon = Daemon::builder(&scratch).disk(&path, options).spawn();
+            let fe = FrontEnd::connect(&daemon);
+            let lun = fe.ready_lun(0, 0);
+            let per = MIB / lun.block_size as u64;
+            let zeroes = vec![0; lun.block_size];
+            if kind != Kind::Tmpfs {
+                let list = cdb::unmap_list(&[(per, per as u32)]);
+                lun.run_out(cdb::unmap(true, list.len() as u16), &list).expect_good();
+            }
+            lun.write16(2 * per, &vec![7; MIB as usize]);
+            for (n, cdb) in [
+                cdb::write_same16(WS_NDOB, 0, per as u32),
+                cdb::write_same32(WS_NDOB, per, per as u32),
+                cdb::write_same16(0, 2 * per, per as u32),
+                cdb::write_same10(0, 3 * per as u32, 1),
+            ]
+            .into_iter()
+            .enumerate()
+            {
+                let answer = if n < 2 { lun.run(cdb) } else { lun.run_out(cdb, &zeroes) };
+                answer.expect_good();
+            }
+            for flushed in [false, true] {
+                let all = statuses(&lun, 4000);
+                let mapped = 3 * per as usize + 1;
+                let wrong = all[..mapped].iter().position(|status| *status != MAPPED);
+                assert_eq!(wrong, None, "{kind:?} {options}, flushed: {flushed}");
+                let host = HOST_BLOCK as usize / lun.block_size;
+                assert_eq!(all[3 * per as usize + host], DEALLOCATED, "{kind:?}");
+                lun.synchronize_cache();
+            }
+            assert_same(&lun.read16(0, 3 * per as u32), &vec![0; 3 * MIB as usize], options);
+        }
+    }
+}
+
+/// A device whose sectors are larger than the disk's blocks frees and zeroes single blocks all the same, and touches no
+/// other.
+#[test]
+fn blocks_smaller_than_a_sector_are_freed_and_zeroed() {
+    let Some(device) = LoopDevice::with_sectors(SIZE / MIB, 4096) else { return };
+    let scratch = Scratch::new();
+    let daemon = Daemon::builder(&scratch).disk(&device.device, "block-size=512").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let mut model = Rng::new(0x4b).bytes(SIZE as usize);
+    (0..SIZE / MIB)
+        .for_each(|n| lun.write16(n * 2048, &model[(n * MIB) as usize..][..MIB as usize]));
+    let mut rng = Rng::new(0x4c);
+    for round in 0..400 {
+        let lba = rng.below(SIZE / 512);
+        let count = (*rng.pick(&[1, 7, 8, 9, 63, 512])).min(SIZE / 512 - lba);
+        let list = cdb::unmap_list(&[(lba, count as u32)]);
+        let answer = match round % 4 {
+            0 | 1 => lun.run_out(cdb::unmap(false, list.len() as u16), &list),
+            2 => lun.run(cdb::write_same16(WS_NDOB | WS_UNMAP, lba, count as u32)),
+            _ => lun.run_out(cdb::write_same16(0, lba, count as u32), &[0; 512]),
+        };
+        answer.expect_good();
+        model[(lba * 512) as usize..((lba + count) * 512) as usize].fill(0);
+    }
+    for (n, wanted) in (0..).zip(model.chunks(MIB as usize)) {
+        assert_same(&lun.read16(n * 2048, 2048), wanted, &format!("MiB {n}"));
+    }
+    lun.run(cdb::format_unit(0)).expect_good();
+    assert_same(&lun.read16(0, 2048), &vec![0; MIB as usize], "after FORMAT UNIT");
+}
+
+/// Nobody is told of anchored blocks by a disk that says that it has none (VPD B2, ANC_SUP).
+#[test]
+fn only_a_disk_that_has_anchors_tells_of_them() {
+    let reserve = |path: &Path| {
+        let file = OpenOptions::new().write(true).open(path).unwrap();
+        fallocate(&file, FallocateFlags::FALLOC_FL_KEEP_SIZE, MIB as i64, MIB as i64).is_ok()
+    };
+    let scratch = Scratch::new();
+    let image = scratch.image("disk.img", SIZE);
+    let device = LoopDevice::new(SIZE / MIB);
+    let disks = [(image.clone(), image.clone(), ""), (image.clone(), image, "readonly")];
+    let of_device = device.as_ref().map(|d| (d.device.clone(), d.file().to_owned(), ""));
+    for (disk, behind, options) in disks.into_iter().chain(of_device) {
+        if !reserve(&behind) {
+            skipped(
+                "nothing was proved of anchored blocks: the temporary directory has no fallocate",
+            );
+            return;
+        }
+        let daemon = Daemon::builder(&scratch).disk(&disk, options).spawn();
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        let anchors = lun.vpd(0xb2)[5] & 0x02 != 0;
+        let all = statuses(&lun, 100);
+        assert_eq!(all.contains(&ANCHORED), anchors, "{} {options}", disk.display());
+        assert_eq!(all[2048], if anchors { ANCHORED } else { MAPPED }, "it has space");
+        assert_eq!(all[0], DEALLOCATED);
     }
 }
 

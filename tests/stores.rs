@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use mounts::{ALL, Kind as FileSystem, LoopDevice, Mount, skipped};
+use nix::fcntl::{FallocateFlags, fallocate};
 use thinlun::store::file::{FileStore, OpenOptionsFor};
 use thinlun::store::mem::MemStore;
 use thinlun::store::{Buffers, Cause, Durability, Extent, Kind, Store, StoreError};
@@ -224,6 +225,35 @@ fn a_block_device() {
         store.write(0, &buffer(&vec![0; SIZE], 0), Durability::Stable).unwrap();
         contract(&format!("loop device direct={direct}"), &store);
     }
+}
+
+/// Sectors of 4096 bytes, on which fallocate has to be aligned, under blocks of 512.
+#[test]
+fn a_block_device_with_larger_sectors() {
+    let Some(device) = LoopDevice::with_sectors(SIZE as u64 >> 20, 4096) else { return };
+    let store = FileStore::open(&device.device, &options(false)).unwrap();
+    assert_eq!(store.capabilities().host_block, 4096, "the sectors are not what was asked for");
+    contract("loop device with larger sectors", &store);
+    let refused = FileStore::open(&device.device, &options(true)).unwrap_err().0;
+    assert!(refused.contains("block-size=4096"), "{refused}");
+}
+
+/// Space that is reserved in the file behind a loop device: the device cannot be asked for any, so that it has none to
+/// tell of.
+#[test]
+fn a_loop_device_over_reserved_space() {
+    let Some(device) = LoopDevice::new(SIZE as u64 >> 20) else { return };
+    let file = File::options().write(true).open(device.file()).unwrap();
+    let (from, len) = (1 << 20, 1 << 20);
+    if fallocate(&file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, len).is_err() {
+        return skipped("nothing was proved of reserved space behind a loop device: there is none");
+    }
+    let store = FileStore::open(&device.device, &options(false)).unwrap();
+    assert!(!store.capabilities().reserves);
+    let extents = store.extents(0..SIZE as u64, 99).unwrap();
+    assert!(extents.iter().all(|extent| extent.kind != Kind::Reserved), "{extents:?}");
+    let whole = Extent { range: 1 << 20..2 << 20, kind: Kind::Data };
+    assert!(extents.contains(&whole), "{extents:?}");
 }
 
 #[test]

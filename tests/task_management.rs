@@ -2,8 +2,10 @@
 //! notification; and the event queue.
 
 mod frontend;
+mod mounts;
 
 use std::fs::OpenOptions;
+use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +15,7 @@ use frontend::pattern::{assert_same, blocks};
 use frontend::protocol::feature;
 use frontend::scsi::{response, sense, status};
 use frontend::*;
+use mounts::fuse::Fuse;
 
 const DISK: u64 = 32 * MIB;
 /// Blocks of one request under load: 128 KiB.
@@ -33,6 +36,28 @@ fn serve(options: &str) -> (Daemon, FrontEnd) {
     let daemon = Daemon::with_disk(DISK, options);
     let fe = FrontEnd::builder().queues(QUEUES).connect(&daemon);
     (daemon, fe)
+}
+
+/// Where the host has no way to zero a range but to write it, a command that zeroes gigabytes ends early all the same.
+#[test]
+fn zeroes_that_have_to_be_written_can_be_aborted() {
+    let size = 4 * GIB;
+    let Some(fuse) = Fuse::new(false) else { return };
+    fuse.refuse();
+    let scratch = Scratch::new();
+    let (path, behind) = (fuse.path().join("disk.img"), fuse.behind().join("disk.img"));
+    std::fs::File::create(&path).unwrap().set_len(size).unwrap();
+    let daemon = Daemon::builder(&scratch).disk(&path, "").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let zeroes = lun.request(cdb::write_same16(1, 0, (size / 512) as u32));
+    let ticket = lun.submit(&zeroes);
+    let written = || behind.metadata().unwrap().blocks() * 512;
+    eventually("it has begun", || written() > 0);
+    assert_eq!(fe.tmf(Tmf::AbortTaskSet, lun.address, 0), response::OK);
+    let answer = fe.queue(ticket.queue).try_take(ticket).expect("ended before");
+    assert_eq!(ScsiResponse::parse(&answer).response, response::ABORTED);
+    assert!(written() < size / 2, "{} bytes were written all the same", written());
 }
 
 // ----- on idle units --------------------------------------------------------------------------

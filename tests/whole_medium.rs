@@ -109,6 +109,50 @@ fn a_sanitize_operation_shows_its_progress_and_lets_nothing_else_in() {
     assert_filled(&image, 0x5a);
 }
 
+/// What the host has taken away while it was overwritten is not there any more: neither an operation nor zeroes for a
+/// thick disk make the file long again. A guest that writes there does.
+#[test]
+fn an_operation_does_not_make_a_file_longer() {
+    let (whole, rest) = (32 * MIB, 4 * MIB + 512);
+    for (cache, operation) in [
+        ("", 0),
+        ("", 1),
+        (",cache=direct", 0),
+        (",discard=off", 2),
+        (",cache=direct,discard=off", 2),
+    ] {
+        let scratch = Scratch::new();
+        let image = scratch.image("disk.img", whole);
+        // One step in the middle of it takes long enough to change the file meanwhile.
+        let slow = format!("fault=any:delay-ms-1500@{}-{}*1{cache}", 8 * MIB, 8 * MIB + 1);
+        let daemon = Daemon::builder(&scratch).disk(&image, &slow).spawn();
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        let (answer, code) = match operation {
+            0 => (overwrite(&lun, IMMED, 2, 0x5a), SANITIZE_IN_PROGRESS),
+            1 => {
+                let pattern = [0, 0x8a, 0, 0, 0, 1, 0, 1, 0x5a];
+                (lun.run_out(cdb::format_unit(0x10), &pattern), FORMAT_IN_PROGRESS)
+            }
+            // All of it is zeroed by one call, if that; it is the second of the two that finds a shorter file.
+            _ => (lun.run_out(cdb::format_unit(0x10), &[0, 0x82, 0, 0]), FORMAT_IN_PROGRESS),
+        };
+        answer.expect_good();
+        let file = std::fs::File::options().write(true).open(&image).unwrap();
+        file.set_len(rest).unwrap();
+        assert_eq!(wait_while(&lun, code), None, "{cache} {operation}");
+        // O_DIRECT may not stop within a sector.
+        let len = image.metadata().unwrap().len();
+        assert!((rest..=rest.next_multiple_of(4096)).contains(&len), "{cache} {operation}: {len}");
+        let byte = if operation == 2 { 0 } else { 0x5a };
+        assert_same(&host_read(&image, 0, rest as usize), &vec![byte; rest as usize], cache);
+        // Behind the end everything reads as zeroes, and can be written.
+        assert_same(&lun.read16(whole / 512 - 8, 8), &[0; 4096], cache);
+        lun.write16(whole / 512 - 8, &[9; 4096]);
+        assert_eq!(image.metadata().unwrap().len(), whole);
+    }
+}
+
 #[test]
 fn an_operation_goes_on_after_the_daemon_was_killed() {
     for immediately in [true, false] {

@@ -84,7 +84,7 @@ impl Bench {
             Plan::Transfer(transfer, operation) => {
                 transfer.finish(lun, operation.run(lun.store().as_ref()))
             }
-            Plan::Job(job) => job(&Cancel::default()),
+            Plan::Job(job) => job.run(lun.store().as_ref(), &Cancel::default()),
         };
         check(&outcome, out.len().max(room));
         outcome

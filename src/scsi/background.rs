@@ -349,7 +349,7 @@ impl Work {
         let total = u128::from(whole.end) * passes.len().max(1) as u128;
         for (number, pass) in passes.iter().enumerate() {
             let before = u128::from(whole.end) * number as u128;
-            pass.run(lun, whole.clone(), |done| {
+            pass.run_on_all(lun, whole.clone(), |done| {
                 let part = (before + u128::from(done)) * 65536 / total.max(1);
                 let part = u16::try_from(part).unwrap_or(u16::MAX);
                 lun.background().progress.store(part, Ordering::Release);

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use super::attention::Nexus;
-use super::cmd::{self, Access, Command, Context, Missing, Reply};
+use super::cmd::{self, Access, Command, Context, Missing, NeedyFn, Reply};
 use super::lun::Lun;
 use super::provisioning;
 use super::sense::ScsiError;
 use super::target::{Addressed, Target};
 use super::{Delivery, Outcome, Plan, Request, Transfer};
-use crate::store::Buffers;
-use crate::store::engine::Cancel;
+use crate::store::engine::{Cancel, Job, Need};
+use crate::store::{Buffers, Store};
 
 /// Takes a command through all checks to its handler.
 pub fn execute(
@@ -57,14 +57,18 @@ fn on_disk(
             let writing = command.access == Access::Write;
             Plan::Transfer(Transfer { bytes, writing }, operation)
         }
-        Reply::Job(job) => {
-            let on = Arc::clone(lun);
-            Plan::Job(Box::new(move |cancel: &Cancel| match job(cancel) {
-                Ok(transferred) => Outcome::good(transferred),
-                Err(error) => on.failed(error),
-            }))
-        }
+        Reply::Job(job) => plan(lun, Need::Nothing, Box::new(move |cancel, _| job(cancel))),
+        Reply::Needy(need, job) => plan(lun, need, job),
     }
+}
+
+fn plan(lun: &Arc<Lun>, need: Need, job: NeedyFn) -> Plan {
+    let on = Arc::clone(lun);
+    let work = move |cancel: &Cancel, store: &dyn Store| match job(cancel, store) {
+        Ok(transferred) => Outcome::good(transferred),
+        Err(error) => on.failed(error),
+    };
+    Plan::Job(Job { need, work: Box::new(work) })
 }
 
 /// A command to a logical unit that is no disk: the well-known one, or none at all.

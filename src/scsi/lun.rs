@@ -96,6 +96,13 @@ pub struct BlockRange {
     pub bytes: usize,
 }
 
+impl BlockRange {
+    /// Its bytes in the store.
+    pub fn in_store(&self) -> ByteRange {
+        self.offset..self.offset.saturating_add(self.bytes as u64)
+    }
+}
+
 impl Lun {
     /// Puts a store into service as disk number `index` of its target.
     ///
@@ -150,7 +157,7 @@ impl Lun {
         &self.store
     }
 
-    /// For commands that need blocks for themselves.
+    /// Who has blocks of it for himself.
     pub fn exclusion(&self) -> &Exclusion {
         &self.exclusion
     }

@@ -19,6 +19,9 @@ use super::{
 /// Extents looked at in one go.
 const EXTENTS: usize = 512;
 
+/// Most bytes that are reserved by one call.
+const MOST_COUNTED: u64 = 64 << 20;
+
 /// A store that takes at most `limit` bytes of space.
 pub struct Budget<S> {
     store: S,
@@ -114,6 +117,11 @@ impl<S: Store> Store for Budget<S> {
         self.spend(&range, || self.store.write(offset, from, durability))
     }
 
+    fn overwrite(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        let range = offset..offset.saturating_add(from.len() as u64);
+        self.spend(&range, || self.store.overwrite(offset, from))
+    }
+
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         let range = offset..offset.saturating_add(from.len() as u64);
         self.spend(&range, || self.store.write_whole(offset, from))
@@ -137,6 +145,12 @@ impl<S: Store> Store for Budget<S> {
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
         self.spend(&range, || self.store.reserve(range.clone()))
+    }
+
+    fn zeroes_at_a_time(&self, into: Kind) -> u64 {
+        let most = self.store.zeroes_at_a_time(into);
+        // What there is of the range already may have to be counted, extent by extent, while everybody else waits.
+        if into == Kind::Hole { most } else { most.min(MOST_COUNTED) }
     }
 
     fn try_now(&self, operation: &Operation) -> Option<Result<(), StoreError>> {

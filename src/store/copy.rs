@@ -7,7 +7,7 @@
 use std::cmp::Ordering;
 use std::ops::Range;
 
-use super::{Cause, Durability, Kind, Piece, Store, StoreError, pieces};
+use super::{Cause, Durability, Hold, Kind, Piece, Store, StoreError, pieces};
 
 /// A way to move data between two files without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,14 +211,20 @@ impl<'a> Copy<'a> {
         if kind == Kind::Data {
             return self.data(source, at, before);
         }
-        self.check(before).map_err(|failure| (0, failure))?;
-        let range = at..at + len;
-        let done = match (kind, self.holes) {
-            (Kind::Hole, Holes::Stay) => self.to.deallocate(range),
-            _ => self.to.reserve(range),
-        };
-        done.map_err(|error| (0, (Side::Destination, error)))?;
-        self.moved.holes += len;
+        let into = if self.holes == Holes::Stay { kind } else { Kind::Reserved };
+        let mut done = 0;
+        while done < len {
+            self.check(before + done).map_err(|failure| (done, failure))?;
+            let step = (len - done).min(self.to.zeroes_at_a_time(into).max(1));
+            let range = at + done..at + done + step;
+            let zeroed = match into {
+                Kind::Hole => self.to.deallocate(range),
+                Kind::Reserved | Kind::Data => self.to.reserve(range),
+            };
+            zeroed.map_err(|error| (done, (Side::Destination, error)))?;
+            self.moved.holes += step;
+            done += step;
+        }
         Ok(())
     }
 
@@ -240,28 +246,32 @@ impl<'a> Copy<'a> {
         let block = self.shared_block();
         let aligned = self.reflinks && from % block == to % block;
         let head = from.next_multiple_of(block) - from;
-        let mut most = left;
-        if aligned && left >= REFLINK_MIN + head {
-            if head == 0 {
-                let len = (left - left % block).min(REFLINK_STEP);
-                match self.take(from, to, len, Method::Reflink)? {
+        let shares = aligned && left >= REFLINK_MIN + head;
+        let most = match (shares, head) {
+            (true, 0) => (left - left % block).min(REFLINK_STEP),
+            (true, head) => head,
+            (false, _) => left.min(OFFLOAD_STEP),
+        };
+        // The kernel reads and writes in one call. Where somebody has the blocks of one side for himself, he would have to
+        // be waited for with the other side held: they are read and written one after the other instead.
+        if let Some(held) = Both::hold_now(self.from, self.to, from, to, most) {
+            if shares && head == 0 {
+                match self.take(&held, from, to, most, Method::Reflink)? {
                     Some(moved) => {
                         self.moved.reflinked += moved;
                         return Ok(moved);
                     }
                     None => self.reflinks = false,
                 }
-            } else {
-                most = head;
             }
-        }
-        if self.offloads {
-            match self.take(from, to, most.min(OFFLOAD_STEP), Method::Offload)? {
-                Some(moved) => {
-                    self.moved.offloaded += moved;
-                    return Ok(moved);
+            if self.offloads {
+                match self.take(&held, from, to, most.min(OFFLOAD_STEP), Method::Offload)? {
+                    Some(moved) => {
+                        self.moved.offloaded += moved;
+                        return Ok(moved);
+                    }
+                    None => self.offloads = false,
                 }
-                None => self.offloads = false,
             }
         }
         self.through_buffer(from..from + most, to)
@@ -273,15 +283,16 @@ impl<'a> Copy<'a> {
     }
 
     /// `None` if these two files do not have the method.
-    fn take(&self, from: u64, to: u64, len: u64, how: Method) -> Result<Option<u64>, Failure> {
+    fn take(
+        &self,
+        _held: &Both<'_>,
+        from: u64,
+        to: u64,
+        len: u64,
+        how: Method,
+    ) -> Result<Option<u64>, Failure> {
         let Some(file) = self.from.file() else { return Ok(None) };
-        let mut taken = Ok(None);
-        let mut take = || taken = self.to.take(file, from, to, len, how);
-        // Within one store it looks after the source itself.
-        match std::ptr::addr_eq(self.from, self.to) {
-            true => take(),
-            false => self.from.steady(from..from.saturating_add(len), &mut take),
-        }
+        let taken = self.to.behind().unwrap_or(self.to).take(file, from, to, len, how);
         taken.map_err(|error| (Side::Destination, error))
     }
 
@@ -300,6 +311,43 @@ impl<'a> Copy<'a> {
         done?;
         self.moved.copied += len as u64;
         Ok(len as u64)
+    }
+}
+
+/// What is read and what is written, held at the same time.
+struct Both<'a> {
+    held: [(&'a dyn Store, Option<Hold>); 2],
+}
+
+impl<'a> Both<'a> {
+    /// `None` if somebody would have to be waited for.
+    fn hold_now(
+        from: &'a dyn Store,
+        to: &'a dyn Store,
+        source: u64,
+        at: u64,
+        len: u64,
+    ) -> Option<Self> {
+        let (read, written) = (source..source.saturating_add(len), at..at.saturating_add(len));
+        let mut both = Both { held: [(from, None), (to, None)] };
+        let [(_, source), (_, destination)] = &mut both.held;
+        if std::ptr::addr_eq(from, to) {
+            *source = Some(from.hold_now(&[read, written])?);
+        } else {
+            *source = Some(from.hold_now(&[read])?);
+            *destination = Some(to.hold_now(&[written])?);
+        }
+        Some(both)
+    }
+}
+
+impl Drop for Both<'_> {
+    fn drop(&mut self) {
+        for (store, hold) in &mut self.held {
+            if let Some(hold) = hold.take() {
+                store.let_go(hold);
+            }
+        }
     }
 }
 
@@ -410,6 +458,19 @@ mod tests {
         let thick = filled();
         Copy::new(&from, &thick, Holes::AreReserved, &mut |_| true).run(0..SIZE, 0).unwrap();
         assert!(kinds(&thick).iter().all(|extent| extent.kind != Kind::Hole));
+    }
+
+    /// A hole or reserved space of any length is a step at a time, and the copy can be ended before each.
+    #[test]
+    fn a_huge_hole_can_be_cancelled() {
+        const HUGE: u64 = 12 << 30;
+        let (from, to) = (MemStore::new(HUGE), MemStore::new(HUGE));
+        let step = to.zeroes_at_a_time(Kind::Hole);
+        let mut go_on = |done| done < step;
+        let mut copy = Copy::new(&from, &to, Holes::Stay, &mut go_on);
+        let error = copy.run(0..HUGE, 0).unwrap_err();
+        assert_eq!((error.error.cause, error.done), (Cause::Cancelled, step));
+        assert_eq!(copy.moved().holes, step);
     }
 
     #[test]

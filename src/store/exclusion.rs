@@ -4,23 +4,23 @@
 //! Hardly any disk ever gets such a command. So until the first one comes, an operation is only counted, in a
 //! counter that its thread shares with few others; from then on each is entered in a list with its range, and waits
 //! for whoever has the range for himself. The first of them waits for the end of what was only counted.
+//!
+//! Who waits does so in a list, in the order they came, and is begun by whoever lets go of what is in the way: it takes no
+//! thread ([`Store::hold`]). Only the methods that read and change the store wait where they are called: for those who have
+//! a thread of their own, and nothing of any disk while they wait.
 
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use super::copy::Method;
-use super::engine::Cancel;
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Notes, Operation, Pool, RingFile, Snapshot,
+    Buffers, Capabilities, Durability, Extent, Kind, Notes, Operation, Pool, RingFile, Snapshot,
     Space, Store, StoreError,
 };
-
-/// How often one that waits looks whether it is to go on waiting.
-const LOOK: Duration = Duration::from_millis(20);
 
 /// Places to count in.
 pub const PLACES: usize = 16;
@@ -30,9 +30,9 @@ pub const PLACES: usize = 16;
 #[repr(align(128))]
 struct Counter(AtomicUsize);
 
-/// An operation under way, until it is given back.
+/// What somebody has of a store, until it is given back ([`Store::let_go`]).
 #[derive(Debug)]
-#[must_use = "an operation under way must be ended"]
+#[must_use = "what is held must be let go of"]
 pub struct Hold(How);
 
 #[derive(Debug)]
@@ -50,31 +50,130 @@ impl Hold {
     pub const FREE: Self = Hold(How::Free);
 }
 
-/// Two ranges: a copy within a store reads one and writes the other.
-type Ranges = [Range<u64>; 2];
+/// How ranges are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// With others, but not with one who is alone.
+    Together,
+    /// With nobody.
+    Alone,
+}
+
+/// What is done with ranges once they are held.
+pub type Granted = Box<dyn FnOnce(Hold) + Send>;
+
+/// What becomes of one who wants ranges.
+pub enum Wanted {
+    /// He has them.
+    Had(Hold, Granted),
+    /// He waits, under this number.
+    Waits(u64),
+}
+
+/// A store with what is held of it, which is let go of with this value.
+pub struct Held {
+    store: Arc<dyn Store>,
+    hold: Option<Hold>,
+}
+
+impl Held {
+    /// Something is held of the store.
+    pub fn new(store: Arc<dyn Store>, hold: Hold) -> Self {
+        Held { store, hold: Some(hold) }
+    }
+
+    /// Nothing is.
+    pub fn nothing(store: Arc<dyn Store>) -> Self {
+        Held { store, hold: None }
+    }
+
+    /// The store, as whoever holds this may use it: in the ranges that are held, nobody is waited for.
+    pub fn store(&self) -> &dyn Store {
+        match self.hold {
+            Some(_) => self.store.behind().unwrap_or(self.store.as_ref()),
+            None => self.store.as_ref(),
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(hold) = self.hold.take() {
+            self.store.let_go(hold);
+        }
+    }
+}
 
 const NOTHING: Range<u64> = 0..0;
 
+/// Ranges in use, each with the number of whoever uses it.
+type Used = Vec<(u64, Range<u64>)>;
+
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
-    a.start < b.end && b.start < a.end
+    a.start.max(b.start) < a.end.min(b.end)
 }
 
-#[derive(Debug, Default)]
+fn meets(used: &[(u64, Range<u64>)], ranges: &[Range<u64>]) -> bool {
+    used.iter().any(|(_, used)| ranges.iter().any(|range| overlap(used, range)))
+}
+
+/// One who waits.
+struct Waiting {
+    number: u64,
+    mode: Mode,
+    ranges: Vec<Range<u64>>,
+    granted: Granted,
+}
+
+#[derive(Default)]
 struct State {
-    /// Operations under way.
-    shared: Vec<(u64, Ranges)>,
     next: u64,
-    /// Ranges that somebody has, or is about to have, for himself.
-    alone: Vec<Range<u64>>,
+    together: Used,
+    alone: Used,
+    /// In the order they came.
+    waiting: VecDeque<Waiting>,
 }
 
 impl State {
-    fn is_taken(&self, ranges: &Ranges) -> bool {
-        self.alone.iter().any(|alone| ranges.iter().any(|range| overlap(alone, range)))
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
     }
 
-    fn is_used(&self, range: &Range<u64>) -> bool {
-        self.shared.iter().any(|(_, ranges)| ranges.iter().any(|other| overlap(range, other)))
+    /// Whether nobody is in the way who has the ranges or has waited longer. `drained`: nobody is only counted.
+    fn is_free(&self, mode: Mode, ranges: &[Range<u64>], drained: bool) -> bool {
+        let together = mode == Mode::Together;
+        let overtakes = |waiting: &Waiting| {
+            (waiting.mode == Mode::Alone || !together)
+                && waiting.ranges.iter().any(|a| ranges.iter().any(|b| overlap(a, b)))
+        };
+        (together || drained && !meets(&self.together, ranges))
+            && !meets(&self.alone, ranges)
+            && !self.waiting.iter().any(overtakes)
+    }
+
+    fn enter(&mut self, number: u64, mode: Mode, ranges: &[Range<u64>]) -> Hold {
+        let used = match mode {
+            Mode::Together => &mut self.together,
+            Mode::Alone => &mut self.alone,
+        };
+        let entries = ranges.iter().filter(|range| !range.is_empty());
+        used.extend(entries.map(|range| (number, range.clone())));
+        Hold(How::Listed(number))
+    }
+
+    /// Those who wait no longer.
+    fn grant(&mut self, drained: bool) -> Vec<(Hold, Granted)> {
+        let mut granted = Vec::new();
+        for one in std::mem::take(&mut self.waiting) {
+            // In the list by now are those who came before him and wait on.
+            if self.is_free(one.mode, &one.ranges, drained) {
+                granted.push((self.enter(one.number, one.mode, &one.ranges), one.granted));
+            } else {
+                self.waiting.push_back(one);
+            }
+        }
+        granted
     }
 }
 
@@ -83,9 +182,10 @@ pub struct Exclusion {
     store: Arc<dyn Store>,
     /// Operations are listed, no longer counted.
     lists: AtomicBool,
+    /// And none is left that was counted.
+    drained: AtomicBool,
     counters: [Counter; PLACES],
     state: Mutex<State>,
-    changed: Condvar,
 }
 
 /// The place in which this thread counts: it is always the same.
@@ -108,10 +208,15 @@ impl Exclusion {
         Exclusion {
             store,
             lists: AtomicBool::new(false),
+            drained: AtomicBool::new(false),
             counters: Default::default(),
             state: Mutex::default(),
-            changed: Condvar::new(),
         }
+    }
+
+    /// The store itself: for those to whom it is all the same what others do to it meanwhile.
+    pub fn unguarded(&self) -> &dyn Store {
+        self.store.as_ref()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -121,11 +226,8 @@ impl Exclusion {
     /// Whether an operation is under way, as far as that can be seen without waiting.
     pub fn is_in_use(&self) -> bool {
         let counted = self.counters.iter().any(|c| c.0.load(Ordering::SeqCst) > 0);
-        counted || !self.state().shared.is_empty()
-    }
-
-    fn count(&self, counter: usize) -> Option<&AtomicUsize> {
-        self.counters.get(counter).map(|c| &c.0)
+        let state = self.state();
+        counted || !state.together.is_empty() || !state.alone.is_empty()
     }
 
     /// Counts an operation, as long as that is enough.
@@ -138,141 +240,71 @@ impl Exclusion {
         if !self.lists.load(Ordering::SeqCst) {
             return Some(count);
         }
-        count.fetch_sub(1, Ordering::SeqCst);
+        self.count_out(count);
         None
     }
 
-    /// Enters an operation if nobody has to be waited for.
-    fn enter_now(&self, ranges: &Ranges) -> Option<Hold> {
-        if self.count_in().is_some() {
-            return Some(Hold(How::Counted(own_place())));
+    #[inline]
+    fn count_out(&self, count: &AtomicUsize) {
+        count.fetch_sub(1, Ordering::SeqCst);
+        // As above: this thread sees that lists are kept, or who keeps them does not see the count any more.
+        if self.lists.load(Ordering::SeqCst) && !self.drained.load(Ordering::Relaxed) {
+            self.grant(self.state());
         }
-        self.enter_list(ranges)
+    }
+
+    /// Whether nobody is left who was only counted, once lists are kept: nobody is counted any more.
+    fn is_drained(&self) -> bool {
+        let drained = self.drained.load(Ordering::Relaxed)
+            || self.counters.iter().all(|count| count.0.load(Ordering::SeqCst) == 0);
+        if drained {
+            self.drained.store(true, Ordering::Relaxed);
+        }
+        drained
+    }
+
+    /// Begins what no longer has to wait.
+    #[cold]
+    fn grant(&self, mut state: MutexGuard<'_, State>) {
+        if state.waiting.is_empty() {
+            return;
+        }
+        let all = state.grant(self.is_drained());
+        drop(state);
+        for (hold, granted) in all {
+            granted(hold);
+        }
     }
 
     #[cold]
-    fn enter_list(&self, ranges: &Ranges) -> Option<Hold> {
+    fn enter_list(&self, ranges: &[Range<u64>]) -> Option<Hold> {
         let mut state = self.state();
-        if state.is_taken(ranges) {
+        if !state.is_free(Mode::Together, ranges, false) {
             return None;
         }
-        let number = state.next;
-        state.next += 1;
-        state.shared.push((number, ranges.clone()));
-        Some(Hold(How::Listed(number)))
-    }
-
-    fn enter(&self, ranges: &Ranges) -> Hold {
-        loop {
-            if let Some(hold) = self.enter_now(ranges) {
-                return hold;
-            }
-            let state = self.state();
-            if state.is_taken(ranges) {
-                drop(self.changed.wait_timeout(state, LOOK));
-            }
-        }
-    }
-
-    fn leave(&self, hold: &Hold) {
-        match hold.0 {
-            How::Free => {}
-            How::Counted(counter) => {
-                if let Some(count) = self.count(counter) {
-                    count.fetch_sub(1, Ordering::Release);
-                }
-            }
-            How::Listed(number) => {
-                let mut state = self.state();
-                state.shared.retain(|(other, _)| *other != number);
-                if !state.alone.is_empty() {
-                    self.changed.notify_all();
-                }
-            }
-        }
+        let number = state.number();
+        Some(state.enter(number, Mode::Together, ranges))
     }
 
     /// Does something blocking while nobody is alone with these ranges.
-    fn shared<T>(&self, ranges: &Ranges, work: impl FnOnce() -> T) -> T {
-        let hold = self.enter(ranges);
+    fn shared<T>(&self, ranges: &[Range<u64>], work: impl FnOnce() -> T) -> T {
+        let hold = self.hold_now(ranges).unwrap_or_else(|| {
+            let (had, waits) = mpsc::channel();
+            let granted: Granted = Box::new(move |hold| drop(had.send(hold)));
+            match self.hold(Mode::Together, ranges, granted) {
+                Wanted::Had(hold, _) => hold,
+                // Nobody else has the number, so that it is granted.
+                Wanted::Waits(_) => waits.recv().unwrap_or(Hold::FREE),
+            }
+        });
         let result = work();
-        self.leave(&hold);
+        self.let_go(hold);
         result
     }
-
-    /// Does something with a range that no other operation reads or changes meanwhile: `work` gets the store that is
-    /// for it alone.
-    ///
-    /// # Errors
-    /// [`Cause::Cancelled`] if it was told to end while it waited, and those of `work`.
-    pub fn alone<T, E: From<StoreError>>(
-        &self,
-        range: Range<u64>,
-        cancel: &Cancel,
-        work: impl FnOnce(&dyn Store) -> Result<T, E>,
-    ) -> Result<T, E> {
-        self.lists.store(true, Ordering::SeqCst);
-        let go_on = || match cancel.is_requested() {
-            true => Err(E::from(Cause::Cancelled.into())),
-            false => Ok(()),
-        };
-        while self.counters.iter().any(|count| count.0.load(Ordering::SeqCst) != 0) {
-            go_on()?;
-            std::thread::sleep(Duration::from_micros(50));
-        }
-        let both = [range.clone(), NOTHING];
-        let mut state = self.state();
-        while state.is_taken(&both) {
-            go_on()?;
-            state = self.wait(state);
-        }
-        // From here on newcomers wait, so that it gets its turn.
-        state.alone.push(range.clone());
-        let mine = Mine { exclusion: self, range };
-        while state.is_used(&mine.range) {
-            if let Err(error) = go_on() {
-                drop(state);
-                return Err(error);
-            }
-            state = self.wait(state);
-        }
-        drop(state);
-        work(self.store.as_ref())
-    }
-
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0
-    }
 }
 
-/// A range that somebody has for himself.
-struct Mine<'a> {
-    exclusion: &'a Exclusion,
-    range: Range<u64>,
-}
-
-impl Drop for Mine<'_> {
-    fn drop(&mut self) {
-        let mut state = self.exclusion.state();
-        if let Some(at) = state.alone.iter().position(|range| *range == self.range) {
-            state.alone.swap_remove(at);
-        }
-        self.exclusion.changed.notify_all();
-    }
-}
-
-fn at(offset: u64, len: usize) -> Ranges {
-    [offset..offset.saturating_add(len as u64), NOTHING]
-}
-
-/// What an operation touches.
-fn ranges_of(operation: &Operation) -> Ranges {
-    match operation {
-        Operation::Read { offset, .. } | Operation::Write { offset, .. } => {
-            at(*offset, operation.len())
-        }
-        Operation::Flush | Operation::Prefetch { .. } => [NOTHING, NOTHING],
-    }
+fn at(offset: u64, len: usize) -> [Range<u64>; 1] {
+    [offset..offset.saturating_add(len as u64)]
 }
 
 impl Store for Exclusion {
@@ -296,6 +328,10 @@ impl Store for Exclusion {
         self.shared(&at(offset, from.len()), || self.store.write(offset, from, durability))
     }
 
+    fn overwrite(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        self.shared(&at(offset, from.len()), || self.store.overwrite(offset, from))
+    }
+
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         self.shared(&at(offset, from.len()), || self.store.write_whole(offset, from))
     }
@@ -313,32 +349,85 @@ impl Store for Exclusion {
     }
 
     fn deallocate(&self, range: Range<u64>) -> Result<(), StoreError> {
-        self.shared(&[range.clone(), NOTHING], || self.store.deallocate(range))
+        self.shared(&[range.clone()], || self.store.deallocate(range))
     }
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
-        self.shared(&[range.clone(), NOTHING], || self.store.reserve(range))
+        self.shared(&[range.clone()], || self.store.reserve(range))
+    }
+
+    fn zeroes_at_a_time(&self, into: Kind) -> u64 {
+        self.store.zeroes_at_a_time(into)
     }
 
     fn try_now(&self, operation: &Operation) -> Option<Result<(), StoreError>> {
         if let Some(count) = self.count_in() {
             let done = self.store.try_now(operation);
-            count.fetch_sub(1, Ordering::Release);
+            self.count_out(count);
             return done;
         }
-        let hold = self.enter_list(&ranges_of(operation))?;
+        let hold = self.enter_list(&[operation.range()])?;
         let done = self.store.try_now(operation);
-        self.leave(&hold);
+        self.let_go(hold);
         done
     }
 
     fn ring_file(&self, operation: &Operation) -> Option<(RingFile, Hold)> {
         let (file, _) = self.store.ring_file(operation)?;
-        Some((file, self.enter_now(&ranges_of(operation))?))
+        Some((file, self.hold_now(&[operation.range()])?))
     }
 
-    fn ring_done(&self, hold: Hold) {
-        self.leave(&hold);
+    fn hold_now(&self, ranges: &[Range<u64>]) -> Option<Hold> {
+        match self.count_in() {
+            Some(_) => Some(Hold(How::Counted(own_place()))),
+            None => self.enter_list(ranges),
+        }
+    }
+
+    fn hold(&self, mode: Mode, ranges: &[Range<u64>], granted: Granted) -> Wanted {
+        if mode == Mode::Together
+            && let Some(hold) = self.hold_now(ranges)
+        {
+            return Wanted::Had(hold, granted);
+        }
+        self.lists.store(true, Ordering::SeqCst);
+        let mut state = self.state();
+        let number = state.number();
+        if state.is_free(mode, ranges, self.is_drained()) {
+            return Wanted::Had(state.enter(number, mode, ranges), granted);
+        }
+        state.waiting.push_back(Waiting { number, mode, ranges: ranges.to_vec(), granted });
+        Wanted::Waits(number)
+    }
+
+    fn stop_waiting(&self, number: u64) -> Option<Granted> {
+        let mut state = self.state();
+        let at = state.waiting.iter().position(|waiting| waiting.number == number)?;
+        let stopped = state.waiting.remove(at);
+        // Others may have waited for him only.
+        self.grant(state);
+        stopped.map(|waiting| waiting.granted)
+    }
+
+    fn let_go(&self, hold: Hold) {
+        match hold.0 {
+            How::Free => {}
+            How::Counted(place) => {
+                if let Some(count) = self.counters.get(place) {
+                    self.count_out(&count.0);
+                }
+            }
+            How::Listed(number) => {
+                let mut state = self.state();
+                state.together.retain(|(other, _)| *other != number);
+                state.alone.retain(|(other, _)| *other != number);
+                self.grant(state);
+            }
+        }
+    }
+
+    fn behind(&self) -> Option<&dyn Store> {
+        Some(self.store.as_ref())
     }
 
     fn file(&self) -> Option<&File> {
@@ -360,14 +449,8 @@ impl Store for Exclusion {
         })
     }
 
-    fn steady(&self, range: Range<u64>, work: &mut dyn FnMut()) {
-        self.shared(&[range, NOTHING], work);
-    }
-
     fn snapshot(&self, ranges: &[Range<u64>]) -> Result<Option<Snapshot>, StoreError> {
-        let start = ranges.iter().map(|range| range.start).min().unwrap_or(0);
-        let end = ranges.iter().map(|range| range.end).max().unwrap_or(0);
-        self.shared(&[start..end, NOTHING], || self.store.snapshot(ranges))
+        self.shared(ranges, || self.store.snapshot(ranges))
     }
 
     fn space(&self) -> Result<Option<Space>, StoreError> {
@@ -403,61 +486,158 @@ mod tests {
         store.write(offset, &bytes, Durability::Cached).unwrap();
     }
 
+    /// Does something alone with a range, when that can be.
+    fn alone(store: &Exclusion, range: Range<u64>, work: impl FnOnce(&dyn Store)) {
+        let (had, waits) = mpsc::channel();
+        let granted: Granted = Box::new(move |hold| had.send(hold).unwrap());
+        let hold = match store.hold(Mode::Alone, &[range], granted) {
+            Wanted::Had(hold, _) => hold,
+            Wanted::Waits(_) => waits.recv().unwrap(),
+        };
+        work(store.unguarded());
+        store.let_go(hold);
+    }
+
+    /// Who has been granted what he waited for, and with what.
+    type Log = Arc<Mutex<Vec<(char, Hold)>>>;
+
+    fn want(store: &Exclusion, log: &Log, who: char, mode: Mode, range: Range<u64>) -> u64 {
+        let of_thread = Arc::clone(log);
+        let granted: Granted = Box::new(move |hold| of_thread.lock().unwrap().push((who, hold)));
+        match store.hold(mode, &[range], granted) {
+            Wanted::Had(hold, granted) => {
+                granted(hold);
+                0
+            }
+            Wanted::Waits(number) => number,
+        }
+    }
+
+    fn names(log: &Log) -> String {
+        log.lock().unwrap().iter().map(|(who, _)| who).collect()
+    }
+
+    fn end(store: &Exclusion, log: &Log, who: char) {
+        let mut all = log.lock().unwrap();
+        let at = all.iter().position(|(other, _)| *other == who).unwrap();
+        let (_, hold) = all.swap_remove(at);
+        drop(all);
+        store.let_go(hold);
+    }
+
+    fn is_idle(store: &Exclusion) -> bool {
+        let state = store.state();
+        let counted = store.counters.iter().any(|count| count.0.load(Ordering::SeqCst) > 0);
+        let used = state.together.len() + state.alone.len() + state.waiting.len();
+        !counted && used == 0
+    }
+
     #[test]
     fn steps_alone_are_one() {
         let store = exclusion();
-        let alone = |offset: u64| {
-            let done = store.alone(offset..offset + 8, &Cancel::default(), |store| {
+        let add = |offset: u64| {
+            alone(&store, offset..offset + 8, |store| {
                 let before = number(store, offset);
                 std::thread::yield_now();
                 set(store, offset, before + 1);
-                Ok::<_, StoreError>(())
             });
-            done.unwrap();
         };
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| (0..500).for_each(|n| alone(n % 2 * 8)));
+                scope.spawn(|| (0..500).for_each(|n| add(n % 2 * 8)));
                 scope.spawn(|| (0..500).map(|_| number(&store, 4)).max());
             }
         });
         assert_eq!((number(&store, 0), number(&store, 8)), (1000, 1000));
-        assert!(store.state().shared.is_empty() && store.state().alone.is_empty());
+        assert!(is_idle(&store));
+    }
+
+    /// The first who wants to be alone waits for those who were only counted, wherever they are, and the last of them
+    /// lets him begin.
+    #[test]
+    fn what_is_only_counted_ends_first() {
+        for ends_listed in [false, true] {
+            let (store, log) = (exclusion(), Log::default());
+            let hold = |at: u64| store.hold_now(&[at..at + 8]).unwrap();
+            let elsewhere = std::thread::scope(|scope| scope.spawn(|| hold(8)).join().unwrap());
+            let holds = [hold(0), elsewhere];
+            want(&store, &log, 'a', Mode::Alone, 512..520);
+            let read =
+                Operation::Read { offset: 512, into: Buffers::zeroed(8).unwrap(), medium: false };
+            assert!(store.try_now(&read).is_none(), "a newcomer does not overtake");
+            let listed = store.hold_now(&[0..8]).unwrap();
+            for hold in holds {
+                assert_eq!(names(&log), "");
+                store.let_go(hold);
+            }
+            assert_eq!(names(&log), "a");
+            if ends_listed {
+                store.let_go(listed);
+                end(&store, &log, 'a');
+            } else {
+                end(&store, &log, 'a');
+                store.let_go(listed);
+            }
+            assert!(is_idle(&store));
+        }
     }
 
     #[test]
-    fn what_is_under_way_ends_first_and_nothing_overtakes() {
-        let store = exclusion();
-        let read = Operation::Read { offset: 0, into: Buffers::zeroed(8).unwrap(), medium: false };
-        let before = store.enter_now(&ranges_of(&read)).unwrap();
-        std::thread::scope(|scope| {
-            let alone = scope.spawn(|| {
-                store.alone(0..8, &Cancel::default(), |store| {
-                    set(store, 0, 7);
-                    Ok::<_, StoreError>(())
-                })
-            });
-            std::thread::sleep(Duration::from_millis(50));
-            assert!(!alone.is_finished());
-            store.leave(&before);
-            alone.join().unwrap().unwrap();
-        });
-        let before = store.enter_now(&ranges_of(&read)).unwrap();
-        let cancel = Cancel::default();
-        std::thread::scope(|scope| {
-            let alone = scope.spawn(|| store.alone(0..8, &cancel, |_| Ok::<_, StoreError>(())));
-            while store.state().alone.is_empty() {
-                std::thread::yield_now();
-            }
-            assert!(store.try_now(&read).is_none(), "a newcomer waits");
-            assert!(store.enter_now(&at(8, 8)).is_some_and(|hold| {
-                store.leave(&hold);
-                true
-            }));
-            cancel.request();
-            assert_eq!(alone.join().unwrap(), Err(Cause::Cancelled.into()));
-        });
-        store.leave(&before);
-        assert_eq!(number(&store, 0), 7);
+    fn ranges_are_had_in_the_order_they_were_asked_for() {
+        use Mode::{Alone, Together};
+        let (store, log) = (exclusion(), Log::default());
+        let want = |who, mode, range| want(&store, &log, who, mode, range);
+        let end = |who| end(&store, &log, who);
+        want('a', Alone, 0..8);
+        want('b', Together, 0..4);
+        want('c', Together, 4..8);
+        want('d', Alone, 4..12);
+        want('e', Together, 8..12);
+        want('f', Together, 2..4);
+        want('g', Alone, 12..16);
+        assert_eq!(names(&log), "ag", "the rest waits, `e` for one who waits himself");
+        assert!(store.hold_now(&[0..1]).is_none() && store.hold_now(&[9..10]).is_none());
+        end('a');
+        assert_eq!(names(&log), "gbcf");
+        end('b');
+        assert_eq!(names(&log), "gfc");
+        end('c');
+        assert_eq!(names(&log), "gfd");
+        end('d');
+        assert_eq!(names(&log), "gfe");
+        "gfe".chars().for_each(end);
+        assert!(is_idle(&store));
+    }
+
+    /// Who waits no longer is not in the way of others, and gets nothing.
+    #[test]
+    fn whoever_stops_waiting_lets_others_pass() {
+        let (store, log) = (exclusion(), Log::default());
+        want(&store, &log, 'a', Mode::Together, 0..8);
+        let b = want(&store, &log, 'b', Mode::Alone, 0..8);
+        want(&store, &log, 'c', Mode::Together, 0..8);
+        assert_eq!(names(&log), "a");
+        assert!(store.stop_waiting(b).is_some());
+        assert_eq!(names(&log), "ac");
+        assert!(store.stop_waiting(b).is_none(), "once");
+        "ac".chars().for_each(|who| end(&store, &log, who));
+        assert!(is_idle(&store));
+    }
+
+    /// Many ranges are one hold, and those without bytes are in nobody's way.
+    #[test]
+    fn many_ranges_are_held_as_one() {
+        let (store, log) = (exclusion(), Log::default());
+        want(&store, &log, 'a', Mode::Alone, 64..72);
+        let hold = store.hold_now(&[0..8, 68..68, 16..24]).unwrap();
+        for (who, at) in ('b'..).zip([0, 16]) {
+            want(&store, &log, who, Mode::Alone, at..at + 8);
+        }
+        want(&store, &log, 'x', Mode::Alone, 8..16);
+        assert_eq!(names(&log), "ax");
+        store.let_go(hold);
+        assert_eq!(names(&log), "axbc");
+        "axbc".chars().for_each(|who| end(&store, &log, who));
+        assert!(is_idle(&store));
     }
 }

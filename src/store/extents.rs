@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | not asked | extent, written | data |
 //! | data | anything | data |
-//! | hole | extent, unwritten | reserved |
+//! | hole | extent, unwritten | reserved; data, where a disk cannot be asked to reserve space |
 //! | hole | no extent, or no FIEMAP here | hole |
 //! | says nothing | anything | data |
 //!
@@ -116,12 +116,15 @@ pub struct Knowledge {
     pub seek: bool,
     /// FIEMAP tells what has space.
     pub fiemap: bool,
+    /// Space that was not written is told as reserved, not as data: for files of which space can be reserved.
+    pub reserved: bool,
 }
 
 impl std::fmt::Display for Knowledge {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match (self.seek, self.fiemap) {
-            (true, true) => "fiemap+seek",
+            (true, true) if self.reserved => "fiemap+seek",
+            (true, true) => "fiemap+seek(reserved space is told as data)",
             (true, false) => "seek(reserved space is told as a hole)",
             (false, _) => "none(everything is told as data)",
         })
@@ -131,7 +134,8 @@ impl std::fmt::Display for Knowledge {
 impl Knowledge {
     /// Tries both calls on the file.
     pub(super) fn probe(host: &impl Host) -> Self {
-        Knowledge { seek: host.next_data(0).is_ok(), fiemap: host.mapped(0..1, 1).is_ok() }
+        let fiemap = host.mapped(0..1, 1).is_ok();
+        Knowledge { seek: host.next_data(0).is_ok(), fiemap, reserved: false }
     }
 }
 
@@ -152,15 +156,15 @@ pub(super) fn walk(
     range: Range<u64>,
     limit: usize,
 ) -> Vec<Extent> {
-    let mut walk = Walk { host, list: List::default(), no_data: 0..0, calls: 0 };
     let budget = limit.saturating_mul(CALLS_PER_EXTENT).max(MIN_CALLS);
+    let (list, no_data) = (List::default(), 0..0);
+    let mut walk = Walk { host, knows, list, no_data, limit, calls: 0, budget };
     let mut at = range.start;
-    // One extent too many is looked for: only then is it sure that the last one is whole.
-    while at < range.end && walk.list.len() <= limit && walk.calls < budget {
+    while at < range.end && !walk.is_over() {
         at = match (knows.seek, knows.fiemap) {
             (false, _) => walk.all_data(at..range.end),
             (true, false) => walk.step_by_seek(at..range.end),
-            (true, true) => walk.step_by_both(at..range.end, limit),
+            (true, true) => walk.step_by_both(at..range.end),
         };
     }
     walk.list.first(limit)
@@ -188,13 +192,22 @@ pub(super) fn without_empty_ends(
 
 struct Walk<'a, H> {
     host: &'a H,
+    knows: Knowledge,
     list: List,
     /// A range in which lseek has found no data during this walk.
     no_data: Range<u64>,
+    limit: usize,
     calls: usize,
+    budget: usize,
 }
 
 impl<H: Host> Walk<'_, H> {
+    /// Whether there is enough, or it has taken long enough. One extent too many is looked for: only then is it sure that
+    /// the last one is whole.
+    fn is_over(&self) -> bool {
+        self.list.len() > self.limit || self.calls >= self.budget
+    }
+
     fn count_call(&mut self) {
         self.calls += 1;
         if self.calls.is_multiple_of(CALLS_AT_A_TIME) {
@@ -215,10 +228,11 @@ impl<H: Host> Walk<'_, H> {
         data.end
     }
 
-    /// A batch of FIEMAP's extents with what lies between them.
-    fn step_by_both(&mut self, range: Range<u64>, limit: usize) -> u64 {
+    /// A batch of FIEMAP's extents with what lies between them, or as much of it as is wanted: there may be any number of
+    /// fresh writes in one of them.
+    fn step_by_both(&mut self, range: Range<u64>) -> u64 {
         self.count_call();
-        let max = limit.saturating_add(2).min(fiemap::BATCH);
+        let max = self.limit.saturating_add(2).min(fiemap::BATCH);
         let Ok(batch) = self.host.mapped(range.clone(), max) else {
             // It worked when it was tried: whatever this is, nothing was learned.
             return self.all_data(range);
@@ -227,29 +241,34 @@ impl<H: Host> Walk<'_, H> {
         let mut at = range.start;
         for extent in batch {
             let (start, end) = (extent.start.clamp(at, range.end), extent.end.clamp(at, range.end));
-            self.zeroes_unless_data(at..start, Kind::Hole);
-            match extent.unwritten {
-                true => self.zeroes_unless_data(start..end, Kind::Reserved),
-                false => self.list.push(start..end, Kind::Data),
+            at = self.zeroes_unless_data(at..start, Kind::Hole);
+            if at < start {
+                return at;
             }
-            at = end;
+            at = match extent.unwritten && self.knows.reserved {
+                true => self.zeroes_unless_data(start..end, Kind::Reserved),
+                false => self.all_data(start..end),
+            };
+            if at < end {
+                return at;
+            }
         }
-        if complete || at == range.start {
-            self.zeroes_unless_data(at..range.end, Kind::Hole);
-            at = range.end;
+        match complete || at == range.start {
+            true => self.zeroes_unless_data(at..range.end, Kind::Hole),
+            false => at,
         }
-        at
     }
 
-    /// A range that is of this kind where lseek finds no data in it.
-    fn zeroes_unless_data(&mut self, range: Range<u64>, kind: Kind) {
+    /// A range that is of this kind where lseek finds no data in it; says how far it came before the walk was over.
+    fn zeroes_unless_data(&mut self, range: Range<u64>, kind: Kind) -> u64 {
         let mut at = range.start;
-        while at < range.end {
+        while at < range.end && !self.is_over() {
             let data = self.data_in(at..range.end);
             self.list.push(at..data.start, kind);
             self.list.push(data.clone(), Kind::Data);
             at = data.end;
         }
+        at
     }
 
     /// The first data that lseek knows of in the range; an empty range at its end if there is none.
@@ -283,8 +302,8 @@ mod tests {
     use super::*;
     use std::cell::Cell;
 
-    /// A file as a string, a byte a letter: `d`ata, fresh data in an `f`resh unwritten extent,
-    /// `u`nwritten, `.` hole. Beyond its end it is a hole.
+    /// A file as a string, a byte a letter: `d`ata, fresh data in an `f`resh unwritten extent, or in a hole, where it is
+    /// `n`ew, `u`nwritten, `.` hole. Beyond its end it is a hole.
     struct Model(&'static str, Cell<usize>);
 
     impl Model {
@@ -319,12 +338,12 @@ mod tests {
 
         fn next_data(&self, at: u64) -> io::Result<Option<u64>> {
             self.1.set(self.1.get() + 1);
-            Ok(self.find(at, |c| c == 'd' || c == 'f'))
+            Ok(self.find(at, |c| "dfn".contains(c)))
         }
 
         fn next_hole(&self, at: u64) -> io::Result<u64> {
             self.1.set(self.1.get() + 1);
-            Ok(self.find(at, |c| c != 'd' && c != 'f').unwrap_or(self.0.len() as u64))
+            Ok(self.find(at, |c| !"dfn".contains(c)).unwrap_or(self.0.len() as u64))
         }
     }
 
@@ -344,16 +363,18 @@ mod tests {
             .collect()
     }
 
-    const BOTH: Knowledge = Knowledge { seek: true, fiemap: true };
-    const SEEK: Knowledge = Knowledge { seek: true, fiemap: false };
+    const BOTH: Knowledge = Knowledge { seek: true, fiemap: true, reserved: true };
+    const SEEK: Knowledge = Knowledge { seek: true, fiemap: false, reserved: true };
+    const NEITHER: Knowledge = Knowledge { seek: false, fiemap: true, reserved: true };
 
     #[test]
     fn fresh_data_in_unwritten_extents_is_data() {
         let file = drawn("uufuu..dd.f.uu");
         assert_eq!(letters(&walk(&file, BOTH, 0..16, 99)), "uuduu..dd.d.uu..");
         assert_eq!(letters(&walk(&file, SEEK, 0..16, 99)), "..d....dd.d.....");
-        let nothing = Knowledge { seek: false, fiemap: true };
-        assert_eq!(letters(&walk(&file, nothing, 0..16, 99)), "dddddddddddddddd");
+        assert_eq!(letters(&walk(&file, NEITHER, 0..16, 99)), "dddddddddddddddd");
+        let no_anchors = Knowledge { reserved: false, ..BOTH };
+        assert_eq!(letters(&walk(&file, no_anchors, 0..16, 99)), "ddddd..dd.d.dd..");
     }
 
     #[test]
@@ -399,6 +420,33 @@ mod tests {
         assert!(file.1.get() <= MIN_CALLS + 2 * fiemap::BATCH);
     }
 
+    /// However many writes were made into one extent or hole since the last flush.
+    #[test]
+    fn fresh_data_in_one_extent_is_no_more_work_than_was_asked_for() {
+        for (pattern, kind) in [("uf", Kind::Reserved), (".n", Kind::Hole)] {
+            let file = drawn(&pattern.repeat(20_000));
+            for (limit, most) in [(1, 8), (2, 10), (100, 410)] {
+                file.1.set(0);
+                let list = walk(&file, BOTH, 0..40_000, limit);
+                let kinds: Vec<Kind> = list.iter().map(|extent| extent.kind).collect();
+                let wanted: Vec<Kind> =
+                    [kind, Kind::Data].into_iter().cycle().take(limit).collect();
+                assert_eq!(kinds, wanted);
+                assert!(file.1.get() <= most, "{} calls for {limit} extents", file.1.get());
+            }
+            // As a whole, as `thinlun map` asks.
+            file.1.set(0);
+            let (mut at, mut seen) = (0, String::new());
+            while at < 40_000 {
+                let list = walk(&file, BOTH, at..40_000, 500);
+                seen += &letters(&list);
+                at = list.last().unwrap().range.end;
+            }
+            assert!(seen == pattern.replace(['f', 'n'], "d").repeat(20_000));
+            assert!(file.1.get() < 50_000, "{} calls for all of it", file.1.get());
+        }
+    }
+
     #[test]
     fn parts_of_empty_blocks_at_the_ends_are_left_alone() {
         let file = drawn("....uuuud...");
@@ -408,8 +456,7 @@ mod tests {
         assert_eq!((cut(1..3), cut(0..4), cut(4..8)), (3..3, 0..4, 4..8));
         assert_eq!((cut(9..11), cut(6..12), cut(7..9)), (9..11, 8..12, 8..9));
         assert_eq!(cut(13..15), 15..15, "behind the end");
-        let nothing = Knowledge { seek: false, fiemap: true };
-        assert_eq!(without_empty_ends(&file, nothing, 1..3, 4), 1..3);
+        assert_eq!(without_empty_ends(&file, NEITHER, 1..3, 4), 1..3);
     }
 
     #[test]

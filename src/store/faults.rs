@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::copy::Method;
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Pool, RingFile,
+    Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Pool, RingFile,
     Snapshot, Space, Store, StoreError,
 };
 
@@ -201,6 +201,11 @@ impl<S: Store> Store for Faults<S> {
         self.run(Target::Write, bytes(offset, from), part)
     }
 
+    fn overwrite(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        let part = |range| self.store.overwrite(offset, &first(from, &range));
+        self.run(Target::Write, bytes(offset, from), part)
+    }
+
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         self.strike(Target::Write, &bytes(offset, from))?;
         self.store.write_whole(offset, from)
@@ -227,6 +232,10 @@ impl<S: Store> Store for Faults<S> {
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
         self.run(Target::Zero, range, |part| self.store.reserve(part))
+    }
+
+    fn zeroes_at_a_time(&self, into: Kind) -> u64 {
+        self.store.zeroes_at_a_time(into)
     }
 
     /// Nothing, but for stalls of writes: other faults happen where there is time for them.

@@ -20,7 +20,7 @@ use super::lock::{LockError, lock_image_soon};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::{
-    Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Piece, Pool,
+    Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Piece, Pool,
     RingFile, Snapshot, Space, Store, StoreError, sys,
 };
 use crate::sandbox::Role;
@@ -30,6 +30,10 @@ const POOL_THREADS: usize = 16;
 
 /// Longest transfer that is made at once, by the thread that has others to make, in bytes.
 const MAX_AT_ONCE: usize = 128 << 10;
+
+/// Bytes that are zeroed by one call, where that is a change of a few extents, and where zeroes may be written.
+const ZEROES_MARKED: u64 = 4 << 30;
+const ZEROES_WRITTEN: u64 = 16 << 20;
 
 /// How a file is opened.
 #[derive(Clone, Debug)]
@@ -217,7 +221,7 @@ impl FileStore {
             if options.direct { direct_alignment(&file, options.block_size)? } else { (1, 1) };
         let host_block = host_block(&file, block_device).map_err(|e| plain(&e))?;
         let backing = if block_device { BackingFile::of(&file) } else { None };
-        let knowledge = match &backing {
+        let mut knowledge = match &backing {
             Some(backing) => backing.knowledge(),
             None => Knowledge::probe(&file),
         };
@@ -226,6 +230,11 @@ impl FileStore {
             && !block_device
             && probe_space(&file, path, host_block, &deallocate, &reserve)
                 .map_err(|e| plain(&e))?;
+        // Nobody will reserve space of a disk that is only read: it is told of what there is.
+        let reserves = !block_device
+            && knowledge.fiemap
+            && (options.read_only || probed && !reserve.is_last_resort());
+        knowledge.reserved = reserves;
         let name = stable_name(path).ok().filter(|_| !block_device);
         let directory = name.and_then(|name| Directory::of(&name).ok());
         let shares = directory.as_ref().is_some_and(|d| shares_blocks(&file, d).unwrap_or(false));
@@ -236,7 +245,7 @@ impl FileStore {
                 true => sys::discards(&file),
                 false => deallocate.is_best(),
             },
-            reserves: probed && knowledge.fiemap && !reserve.is_last_resort(),
+            reserves,
             whole_writes: 0,
             // Nothing is made beside a disk that is only read.
             snapshots: shares && !options.read_only,
@@ -464,6 +473,16 @@ impl Store for FileStore {
         }
     }
 
+    fn overwrite(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        let align = u64::from(self.capabilities.transfer_align);
+        let end = self.size()?.next_multiple_of(align);
+        let there = usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX);
+        match there {
+            0 => Ok(()),
+            there => self.write(offset, &from.slice(0, there.min(from.len())), Durability::Cached),
+        }
+    }
+
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         if self.direct && self.is_usable(from) {
             // Where the device can do it, and the range is one that it does. Otherwise nothing was written.
@@ -502,15 +521,31 @@ impl Store for FileStore {
 
     fn deallocate(&self, range: Range<u64>) -> Result<(), StoreError> {
         let block = u64::from(self.capabilities.host_block);
-        let range = match self.block_device {
-            true => range,
-            false => extents::without_empty_ends(&self.file, self.knowledge, range, block),
-        };
+        if self.block_device {
+            return self.deallocate.run_aligned(&self.file, &range, block);
+        }
+        let range = extents::without_empty_ends(&self.file, self.knowledge, range, block);
         self.deallocate.run(&self.file, &range)
     }
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
-        self.reserve.run(&self.file, &range)
+        match self.block_device {
+            true => {
+                self.reserve.run_aligned(&self.file, &range, self.capabilities.host_block.into())
+            }
+            false => self.reserve.run(&self.file, &range),
+        }
+    }
+
+    fn zeroes_at_a_time(&self, into: Kind) -> u64 {
+        // Devices may write them themselves, and memory is cleared when it is taken.
+        let marked = match into {
+            Kind::Hole => self.deallocate.only_marks(),
+            Kind::Reserved | Kind::Data => {
+                self.reserve.only_marks() && !self.capabilities.in_memory
+            }
+        };
+        if marked && !self.block_device { ZEROES_MARKED } else { ZEROES_WRITTEN }
     }
 
     fn try_now(&self, operation: &Operation) -> Option<Result<(), StoreError>> {

@@ -28,7 +28,7 @@ mod sys;
 
 pub use buffers::Buffers;
 pub use engine::{Completion, Engine, Operation, Token};
-pub use exclusion::{Exclusion, Hold};
+pub use exclusion::{Exclusion, Granted, Held, Hold, Mode, Wanted};
 pub use extents::{Extent, Kind};
 pub use host::Host;
 pub use notes::Notes;
@@ -64,6 +64,11 @@ pub trait Store: Send + Sync {
     /// the host when this returns.
     fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), StoreError>;
 
+    /// Writes `from` at `offset` as far as there is something to be overwritten: a file that ends before keeps its length.
+    fn overwrite(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        self.write(offset, from, Durability::Cached)
+    }
+
     /// Writes all of `from` at `offset`, or nothing: when the host crashes meanwhile, either all of it is there
     /// afterwards or what was there before. It survives a crash when this returns. For stores that can
     /// ([`Capabilities::whole_writes`]), and at most that many bytes.
@@ -88,6 +93,12 @@ pub trait Store: Send + Sync {
     /// Makes a range read as zeroes and keeps, or takes, space for it.
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError>;
 
+    /// Most bytes that one call should be about that makes them a hole, or reserved, as nothing ends it early: where the
+    /// host has no better way than to write zeroes, it takes as long as its range is.
+    fn zeroes_at_a_time(&self, _into: Kind) -> u64 {
+        4 << 30
+    }
+
     /// Does an operation if that is done at once: the host has the data in memory, or room for it.
     /// `None` if it would have to wait, or nobody can tell; then it is done another way, all of it.
     fn try_now(&self, _operation: &Operation) -> Option<Result<(), StoreError>> {
@@ -95,17 +106,33 @@ pub trait Store: Send + Sync {
     }
 
     /// The file by which the kernel can do an operation on its own, exactly as the store would, and what to
-    /// give back to [`Store::ring_done`] when that is over.
+    /// let go of when that is over.
     fn ring_file(&self, _operation: &Operation) -> Option<(RingFile, Hold)> {
         None
     }
 
-    /// The kernel has done with an operation, whatever came of it.
-    fn ring_done(&self, _hold: Hold) {}
+    /// Holds ranges together with others, if nobody has to be waited for. Nobody waits for anything but the host of this
+    /// store while he holds some of it.
+    fn hold_now(&self, _ranges: &[Range<u64>]) -> Option<Hold> {
+        Some(Hold::FREE)
+    }
 
-    /// Does something while nobody changes a range by several steps that belong together.
-    fn steady(&self, _range: Range<u64>, work: &mut dyn FnMut()) {
-        work();
+    /// Holds ranges now, or has `granted` called with them when that can be, by whoever lets go of what is in the way.
+    fn hold(&self, _mode: Mode, _ranges: &[Range<u64>], granted: Granted) -> Wanted {
+        Wanted::Had(Hold::FREE, granted)
+    }
+
+    /// Ends the waiting of this number; `None` if it is over.
+    fn stop_waiting(&self, _number: u64) -> Option<Granted> {
+        None
+    }
+
+    /// Lets go of what was held.
+    fn let_go(&self, _hold: Hold) {}
+
+    /// The store in which whoever holds ranges waits for nobody, if it is not this one.
+    fn behind(&self) -> Option<&dyn Store> {
+        None
     }
 
     /// The file it is, if it is one: for [`Store::take`] of another store, and not to be written.

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
@@ -20,19 +20,24 @@ type Way = fn(&File, &Range<u64>) -> io::Result<()>;
 pub(super) struct Ladder {
     ways: &'static [(&'static str, Way)],
     current: AtomicUsize,
+    /// The way that is used has worked.
+    proven: AtomicBool,
 }
 
 /// Makes a range read as zeroes without space of its own.
-pub(super) const DEALLOCATE: &[(&str, Way)] = &[("punch", punch), ("write", write_zeroes)];
+pub(super) const DEALLOCATE: &[(&str, Way)] = &[("punch", punch), ("write", overwrite_with_zeroes)];
 
 /// Makes a range read as zeroes with space reserved for it.
-pub(super) const RESERVE: &[(&str, Way)] =
-    &[("zero_range", zero_range), ("punch+allocate", punch_and_allocate), ("write", write_zeroes)];
+pub(super) const RESERVE: &[(&str, Way)] = &[
+    ("zero_range", zero_range),
+    ("punch+allocate", punch_and_allocate),
+    ("write", overwrite_with_zeroes),
+];
 
 impl Ladder {
     /// A ladder of which every way may be there.
     pub(super) fn new(ways: &'static [(&'static str, Way)]) -> Self {
-        Ladder { ways, current: AtomicUsize::new(0) }
+        Ladder { ways, current: AtomicUsize::new(0), proven: AtomicBool::new(false) }
     }
 
     /// The name of the way that is used now.
@@ -43,6 +48,11 @@ impl Ladder {
     /// Whether the best way is used.
     pub(super) fn is_best(&self) -> bool {
         self.current.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether it is known that no zeroes are written.
+    pub(super) fn only_marks(&self) -> bool {
+        self.proven.load(Ordering::Acquire) && !self.is_last_resort()
     }
 
     /// Whether only the way is left that is always there.
@@ -58,7 +68,7 @@ impl Ladder {
             let Some((_, way)) = self.ways.get(rung) else { return };
             match retry(|| way(file, range)) {
                 Err(error) if is_missing(&error) => self.step_down(rung),
-                _ => return,
+                done => return self.proven.store(done.is_ok(), Ordering::Release),
             }
         }
     }
@@ -83,11 +93,38 @@ impl Ladder {
                 return Err(StoreError::at(Cause::Medium, range.start));
             };
             match retry(|| way(file, range)) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.proven.store(true, Ordering::Release);
+                    return Ok(());
+                }
                 Err(error) if is_missing(&error) => self.step_down(rung),
                 Err(error) => return Err(StoreError::at(Cause::from(&error), range.start)),
             }
         }
+    }
+
+    /// Does it to a range of a device that has it only for whole sectors: parts of one are written, which the page cache
+    /// can do. (O_DIRECT cannot, nor has to: it is refused where the disk's blocks are smaller than a sector.)
+    ///
+    /// # Errors
+    /// As [`Ladder::run`].
+    pub(super) fn run_aligned(
+        &self,
+        file: &File,
+        range: &Range<u64>,
+        sector: u64,
+    ) -> Result<(), StoreError> {
+        let write = |part: Range<u64>| {
+            let written = retry(|| write_zeroes(file, &part));
+            written.map_err(|error| StoreError::at(Cause::from(&error), part.start))
+        };
+        let (start, end) = (range.start.next_multiple_of(sector), range.end - range.end % sector);
+        if start > end {
+            return write(range.clone());
+        }
+        write(range.start..start)?;
+        self.run(file, &(start..end))?;
+        write(end..range.end)
     }
 }
 
@@ -155,9 +192,20 @@ pub(super) fn fill(file: &File, size: u64, progress: impl Fn(u64)) -> io::Result
     file.sync_data()
 }
 
-/// The way that is always there. O_DIRECT has its zeroes aligned like everything else.
+/// The way that is always there. Beyond the end of a file that is shorter than the disk everything reads as zeroes, and it
+/// does not become longer.
+fn overwrite_with_zeroes(file: &File, range: &Range<u64>) -> io::Result<()> {
+    let metadata = file.metadata()?;
+    let end = if metadata.is_file() { range.end.min(metadata.len()) } else { range.end };
+    write_zeroes(file, &(range.start..end))
+}
+
+/// Writes zeroes. O_DIRECT has its zeroes aligned like everything else.
 fn write_zeroes(file: &File, range: &Range<u64>) -> io::Result<()> {
     const CHUNK: u64 = 1 << 20;
+    if range.is_empty() {
+        return Ok(());
+    }
     let chunk = usize::try_from(CHUNK.min(range.end - range.start)).unwrap_or(0);
     let zeroes = super::Buffers::zeroed(chunk).ok_or(io::ErrorKind::OutOfMemory)?;
     let mut at = range.start;

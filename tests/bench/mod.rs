@@ -78,7 +78,7 @@ impl Bench {
             Plan::Transfer(transfer, operation) => {
                 transfer.finish(&self.lun, operation.run(self.lun.store().as_ref()))
             }
-            Plan::Job(job) => job(&Cancel::default()),
+            Plan::Job(job) => job.run(self.lun.store().as_ref(), &Cancel::default()),
         };
         Answer { data: data_in.to_vec(outcome.transferred), outcome }
     }

@@ -208,19 +208,31 @@ impl Hanging {
 /// A loop device over a file of `mib` MiB, gone with this value.
 pub struct LoopDevice {
     pub device: PathBuf,
-    _file: tempfile::NamedTempFile,
+    file: tempfile::NamedTempFile,
 }
 
 impl LoopDevice {
     /// `None`, loudly, where there can be none.
     pub fn new(mib: u64) -> Option<Self> {
+        Self::with_sectors(mib, 512)
+    }
+
+    /// The file behind it.
+    pub fn file(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// One with sectors of so many bytes.
+    pub fn with_sectors(mib: u64, bytes: u32) -> Option<Self> {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(mib << 20).unwrap();
-        let made = Command::new("losetup").args(["--show", "-f"]).arg(file.path()).output();
+        let sectors = bytes.to_string();
+        let arguments = ["--show", "-f", "-b", &sectors];
+        let made = Command::new("losetup").args(arguments).arg(file.path()).output();
         match made {
             Ok(output) if output.status.success() => {
                 let name = String::from_utf8(output.stdout).unwrap();
-                Some(LoopDevice { device: PathBuf::from(name.trim()), _file: file })
+                Some(LoopDevice { device: PathBuf::from(name.trim()), file })
             }
             other => {
                 skipped(&format!("nothing was proved on a block device: {other:?}"));

@@ -11,30 +11,14 @@ use crate::scsi::lun::{BlockRange, Lun};
 use crate::scsi::sense::{ScsiError, asc};
 use crate::scsi::statistics::Activity;
 use crate::scsi::wire::{U16, U64};
-use crate::store::engine::Cancel;
-use crate::store::{Buffers, Durability, Piece, Store, StoreError};
+use crate::store::engine::{Cancel, Need};
+use crate::store::{Buffers, Durability, Piece, Store};
 
 /// MAXIMUM COMPARE AND WRITE LENGTH: what its field of the CDB can say.
 pub(super) const MAX_COMPARE_AND_WRITE: u8 = 255;
 
 /// Memory that one of them uses, in bytes.
 const CHUNK: usize = 256 << 10;
-
-/// Why a step failed: the store, or what it found.
-struct Failure(ScsiError);
-
-/// A store's error, where it is not known any more whether it read or wrote.
-impl From<StoreError> for Failure {
-    fn from(error: StoreError) -> Self {
-        Failure(ScsiError::from_store(error, true, 1))
-    }
-}
-
-impl From<ScsiError> for Failure {
-    fn from(error: ScsiError) -> Self {
-        Failure(error)
-    }
-}
 
 /// A range that is worked on alone.
 struct Alone<'a> {
@@ -79,15 +63,12 @@ fn job(
     work: impl FnOnce(&Alone<'_>) -> Result<(), ScsiError> + Send + 'static,
 ) -> Reply {
     let lun = Arc::clone(context.lun);
-    Reply::Job(Box::new(move |cancel| {
-        let bytes = range.offset..range.offset + range.bytes as u64;
-        let done = lun.exclusion().alone(bytes, cancel, |store| {
-            work(&Alone { lun: &lun, store, cancel }).map_err(Failure::from)
-        });
-        let done = done.map_err(|Failure(error)| error);
+    let job = move |cancel: &Cancel, store: &dyn Store| {
+        let done = work(&Alone { lun: &lun, store, cancel });
         lun.account(Activity::Write, range.bytes, &done);
         done.map(|()| used)
-    }))
+    };
+    Reply::Needy(Need::Alone(range.in_store()), Box::new(job))
 }
 
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]

@@ -16,7 +16,8 @@ use crate::scsi::copy::{Operation, Running, Start};
 use crate::scsi::lun::Lun;
 use crate::scsi::sense::{ScsiError, asc};
 use crate::scsi::wire::{Cdb, U16, U32, U64};
-use crate::store::engine::Cancel;
+use crate::store::Store;
+use crate::store::engine::{Cancel, Need};
 
 /// MAXIMUM CSCD DESCRIPTOR COUNT.
 pub(super) const MAX_CSCDS: usize = 16;
@@ -230,7 +231,8 @@ fn extended_copy(
     Ok(run(copy, Arc::clone(context.lun), header.start.immediate, len, work))
 }
 
-/// Runs a copy to its end, before or after its command is answered.
+/// Runs a copy to its end, before or after its command is answered, on a thread of its own: it may wait for whoever has
+/// blocks for himself, on any disk, and has none while it does.
 pub(super) fn run(
     copy: Running,
     lun: Arc<Lun>,
@@ -238,17 +240,19 @@ pub(super) fn run(
     consumed: usize,
     work: impl FnOnce(&Operation, &Cancel) -> Result<(), ScsiError> + Send + 'static,
 ) -> Reply {
-    Reply::Job(Box::new(move |cancel| {
-        if immediate {
-            // Commands that abort it wait for it.
+    if immediate {
+        return Reply::Job(Box::new(move |_| {
             let begun = lun.store().pool().run_apart(Box::new(move || {
                 // What became of it is asked for by its list identifier.
                 let _ = copy.run(|operation| work(operation, &Cancel::default()));
             }));
-            return begun.map(|()| consumed).map_err(|_| ScsiError::Busy);
-        }
+            begun.map(|()| consumed).map_err(|_| ScsiError::Busy)
+        }));
+    }
+    let job = move |cancel: &Cancel, _: &dyn Store| {
         copy.run(|operation| work(operation, cancel)).map(|()| consumed)
-    }))
+    };
+    Reply::Needy(Need::Thread, Box::new(job))
 }
 
 /// The segments of a list of `len` bytes.

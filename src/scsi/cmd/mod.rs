@@ -37,8 +37,8 @@ use super::sense::{ScsiError, asc};
 use super::target::Target;
 use super::wire::Cdb;
 use super::{Request, wire};
-use crate::store::engine::Cancel;
-use crate::store::{Buffers, Operation};
+use crate::store::engine::{Cancel, Need};
+use crate::store::{Buffers, Operation, Store};
 
 /// What a command does with the medium, and so what has to be checked before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,6 +135,9 @@ impl Context<'_> {
 /// each step that may take long, and ends with [`ScsiError::Aborted`] when it is set.
 pub type JobFn = Box<dyn FnOnce(&Cancel) -> Result<usize, ScsiError> + Send>;
 
+/// Blocking work that needs ranges of the disk, or a thread, to itself, and uses the disk's store as it is given to it.
+pub type NeedyFn = Box<dyn FnOnce(&Cancel, &dyn Store) -> Result<usize, ScsiError> + Send>;
+
 /// What a handler wants done.
 pub enum Reply {
     /// GOOD, without data.
@@ -150,8 +153,10 @@ pub enum Reply {
     },
     /// One operation of the store; GOOD when it succeeds. With the bytes of the data buffers used.
     Transfer(Operation, usize),
-    /// Blocking work.
+    /// Blocking work that waits for nothing but the host.
     Job(JobFn),
+    /// Blocking work that is begun when it can have what it needs.
+    Needy(Need, NeedyFn),
 }
 
 /// Data that takes blocking work to make, to be cut off at the allocation length like any other.

@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::{Context, JobFn, Reply};
+use super::{Context, Reply};
 use crate::scsi::fill::Fill;
 use crate::scsi::lun::{BlockRange, DetectZeroes, Lun};
 use crate::scsi::sense::ScsiError;
 use crate::scsi::statistics::Activity;
 use crate::scsi::wire::{Cdb, U16, U32, U64};
-use crate::store::{Buffers, Durability, Operation};
+use crate::store::engine::{Cancel, Need};
+use crate::store::{Buffers, Durability, Operation, Store};
 
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -161,7 +162,7 @@ pub(super) fn write(context: Context<'_>) -> Result<Reply, ScsiError> {
         DetectZeroes::Off => None,
     };
     if let Some(fill) = zeroes {
-        return Ok(Reply::Job(write_unless_zero(context.lun, range, from, durability, fill)));
+        return Ok(write_unless_zero(context.lun, range, from, durability, fill));
     }
     let write = Operation::Write { offset: range.offset, from, durability };
     Ok(Reply::Transfer(write, range.bytes))
@@ -174,22 +175,23 @@ fn write_unless_zero(
     from: Buffers,
     durability: Durability,
     fill: Fill,
-) -> JobFn {
+) -> Reply {
     let lun = Arc::clone(lun);
-    Box::new(move |cancel| {
+    let job = move |cancel: &Cancel, store: &dyn Store| {
         if cancel.is_requested() {
             return Err(ScsiError::Aborted);
         }
         let done = if from.is_zero() {
-            fill.run(&lun, range.offset..range.offset + range.bytes as u64, |_| Ok(()))
+            fill.run_on(store, &lun, range.in_store(), |_| Ok(()))
                 .and_then(|()| lun.settle(durability))
         } else {
-            let written = lun.store().write(range.offset, &from, durability);
+            let written = store.write(range.offset, &from, durability);
             written.map_err(|e| ScsiError::from_store(e, true, lun.block_size()))
         };
         lun.account(Activity::Write, range.bytes, &done);
         done.map(|()| range.bytes)
-    })
+    };
+    Reply::Needy(Need::Together(vec![range.in_store()]), Box::new(job))
 }
 
 /// The first `len` bytes of a list that has at least as many; the list itself where it fits.

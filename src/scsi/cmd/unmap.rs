@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::{Context, JobFn, Reply};
+use super::{Context, Reply};
 use crate::scsi::fill::Fill;
 use crate::scsi::lun::{ByteRange, Lun};
 use crate::scsi::sense::ScsiError;
 use crate::scsi::wire::{U16, U32, U64};
-use crate::store::engine::Cancel;
+use crate::store::Store;
+use crate::store::engine::{Cancel, Need};
 
 /// MAXIMUM UNMAP BLOCK DESCRIPTOR COUNT.
 pub(super) const MAX_DESCRIPTORS: u32 = 256;
@@ -45,7 +46,7 @@ pub(super) fn unmap(context: Context<'_>) -> Result<Reply, ScsiError> {
     let most = size_of::<Header>() + (MAX_DESCRIPTORS as usize + 1) * size_of::<Descriptor>();
     let ranges = parse(context.lun, &context.data_out(len)?.to_vec(len.min(most)), len)?;
     let fill = if anchor { Fill::Anchored } else { Fill::Deallocated };
-    Ok(Reply::Job(job(context.lun, ranges, fill, len)))
+    Ok(job(context.lun, ranges, fill, len))
 }
 
 /// The ranges of a parameter list of `len` bytes, of which `list` is the beginning.
@@ -76,16 +77,17 @@ fn parse(lun: &Lun, list: &[u8], len: usize) -> Result<Vec<ByteRange>, ScsiError
 }
 
 /// The work of filling ranges, after which `transferred` bytes of data-out were used.
-pub(super) fn job(lun: &Arc<Lun>, ranges: Vec<ByteRange>, fill: Fill, transferred: usize) -> JobFn {
-    let lun = Arc::clone(lun);
-    Box::new(move |cancel: &Cancel| {
+pub(super) fn job(lun: &Arc<Lun>, ranges: Vec<ByteRange>, fill: Fill, transferred: usize) -> Reply {
+    let (lun, need) = (Arc::clone(lun), Need::Together(ranges.clone()));
+    let job = move |cancel: &Cancel, store: &dyn Store| {
         for range in ranges {
-            fill.run(&lun, range, |_| match cancel.is_requested() {
+            fill.run_on(store, &lun, range, |_| match cancel.is_requested() {
                 true => Err(ScsiError::Aborted),
                 false => Ok(()),
             })?;
         }
         lun.settle(lun.durability(false))?;
         Ok(transferred)
-    })
+    };
+    Reply::Needy(need, Box::new(job))
 }

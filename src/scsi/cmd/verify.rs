@@ -7,8 +7,8 @@ use super::{Context, Reply};
 use crate::scsi::lun::{BlockRange, Lun};
 use crate::scsi::sense::ScsiError;
 use crate::scsi::statistics::Activity;
-use crate::store::engine::Cancel;
-use crate::store::{Buffers, Durability, Piece};
+use crate::store::engine::{Cancel, Need};
+use crate::store::{Buffers, Durability, Piece, Store};
 
 /// Memory that one verification uses to read into, in bytes.
 const CHUNK: usize = 256 << 10;
@@ -62,11 +62,12 @@ pub(super) fn verify(context: Context<'_>) -> Result<Reply, ScsiError> {
         return Ok(Reply::Good);
     }
     let lun = Arc::clone(context.lun);
-    Ok(Reply::Job(Box::new(move |cancel| {
-        let compared = compare(&lun, &range, &against, &expected, cancel);
+    let job = move |cancel: &Cancel, store: &dyn Store| {
+        let compared = compare(&lun, store, &range, &against, &expected, cancel);
         lun.account(Activity::Verify, range.bytes, &compared);
         compared.map(|()| needed)
-    })))
+    };
+    Ok(Reply::Needy(Need::Together(vec![range.in_store()]), Box::new(job)))
 }
 
 /// WRITE AND VERIFY: the data reaches the medium and is read back from there. BYTCHK 11b is reserved
@@ -79,21 +80,23 @@ pub(super) fn write_and_verify(context: Context<'_>) -> Result<Reply, ScsiError>
         return Ok(Reply::Good);
     }
     let lun = Arc::clone(context.lun);
-    Ok(Reply::Job(Box::new(move |cancel| {
+    let job = move |cancel: &Cancel, store: &dyn Store| {
         stop_if(cancel)?;
-        let written = lun.store().write(range.offset, &data, Durability::Stable);
+        let written = store.write(range.offset, &data, Durability::Stable);
         let written = written.map_err(|e| ScsiError::from_store(e, true, lun.block_size()));
         lun.account(Activity::Write, range.bytes, &written);
         written?;
-        let compared = compare(&lun, &range, &against, &data, cancel);
+        let compared = compare(&lun, store, &range, &against, &data, cancel);
         lun.account(Activity::Verify, range.bytes, &compared);
         compared.map(|()| range.bytes)
-    })))
+    };
+    Ok(Reply::Needy(Need::Together(vec![range.in_store()]), Box::new(job)))
 }
 
 /// Reads the range from the medium and compares it; the first difference is a MISCOMPARE.
 fn compare(
     lun: &Lun,
+    store: &dyn Store,
     range: &BlockRange,
     against: &Against,
     expected: &Buffers,
@@ -105,7 +108,7 @@ fn compare(
         stop_if(cancel)?;
         let len = own.len().min(range.bytes - done);
         let chunk = own.slice(0, len);
-        lun.store()
+        store
             .read_medium(range.offset + done as u64, &chunk)
             .map_err(|e| ScsiError::from_store(e, false, lun.block_size()))?;
         if !matches!(against, Against::Nothing) {

@@ -41,18 +41,22 @@ impl WriteSame {
     }
 }
 
-/// WRITE SAME. Zeroes take the cheap way; a payload that is not zero is written whatever UNMAP says.
+/// WRITE SAME. A payload that is not zero is written whatever UNMAP says; so are zeroes without UNMAP where initiators can
+/// ask which blocks are mapped, as theirs are (SBC-4 4.7.4). Elsewhere these take the cheap way.
 pub(super) fn write_same(context: Context<'_>) -> Result<Reply, ScsiError> {
     let lun = context.lun;
     let command = WriteSame(BlockCdb::parse(&context.request.cdb)?);
     command.check_flags()?;
     let range = command.range(lun)?;
     let needed = if command.has(NDOB) { 0 } else { lun.block_size() as usize };
-    let block = context.data_out(needed)?.to_vec(needed);
-    let fill = match (block.iter().all(|byte| *byte == 0), command.has(UNMAP)) {
+    let mut block = context.data_out(needed)?.to_vec(needed);
+    block.resize(lun.block_size() as usize, 0);
+    let zero = block.iter().all(|byte| *byte == 0);
+    let fill = match (zero, command.has(UNMAP)) {
         (true, true) if !command.has(ANCHOR) => Fill::Deallocated,
-        (true, _) => Fill::Anchored,
-        (false, _) => Fill::Pattern(block),
+        (true, true) => Fill::Anchored,
+        (true, false) if !lun.is_thin() => Fill::Anchored,
+        _ => Fill::Pattern(block),
     };
-    Ok(Reply::Job(unmap::job(lun, vec![range], fill, needed)))
+    Ok(unmap::job(lun, vec![range], fill, needed))
 }

@@ -4,6 +4,7 @@
 pub mod threads;
 pub mod uring;
 
+use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -69,6 +70,16 @@ impl Operation {
         }
     }
 
+    /// The bytes of the store that it is about.
+    pub fn range(&self) -> Range<u64> {
+        match self {
+            Operation::Read { offset, .. } | Operation::Write { offset, .. } => {
+                *offset..offset.saturating_add(self.len() as u64)
+            }
+            Operation::Flush | Operation::Prefetch { .. } => 0..0,
+        }
+    }
+
     /// Whether it transfers nothing.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -105,8 +116,37 @@ impl Cancel {
     }
 }
 
-/// Work of several blocking steps, with a result of the caller's own kind.
-pub type Job<J> = Box<dyn FnOnce(&Cancel) -> J + Send>;
+/// What a job must have before it begins, and has until it has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// A thread of the store's pool, as all have: it waits for nothing but the host.
+    Nothing,
+    /// A thread of its own: it may wait for others.
+    Thread,
+    /// Ranges of the store that nobody has for himself. It does not wait for any others.
+    Together(Vec<Range<u64>>),
+    /// A range of the store for itself. It does not wait for any other.
+    Alone(Range<u64>),
+}
+
+/// Work of several blocking steps, with a result of the caller's own kind. It gets the store, to be used in the ranges that
+/// it needs.
+pub type Work<J> = Box<dyn FnOnce(&Cancel, &dyn Store) -> J + Send>;
+
+/// Work, and what it needs.
+pub struct Job<J> {
+    /// What it must have.
+    pub need: Need,
+    /// What it does.
+    pub work: Work<J>,
+}
+
+impl<J> Job<J> {
+    /// Does it on this thread, on a store of which nobody else has anything.
+    pub fn run(self, store: &dyn Store, cancel: &Cancel) -> J {
+        (self.work)(cancel, store)
+    }
+}
 
 /// The end of one operation or job.
 #[derive(Debug)]
@@ -154,7 +194,7 @@ pub trait Engine<J> {
         false
     }
 
-    /// Begins a job on the store's pool.
+    /// Begins a job on the store's pool, when it can have what it needs.
     fn spawn(&mut self, token: Token, store: &Arc<dyn Store>, job: Job<J>);
 
     /// Asks for an early end: work not begun is withdrawn, a running job is asked to stop, a

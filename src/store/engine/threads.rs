@@ -1,13 +1,18 @@
 //! The engine that works everywhere: every operation is a blocking call on the store's pool.
+//!
+//! What needs ranges of the store that others have is not begun before it has them ([`Store::hold`]), and until then no
+//! thread has to do with it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::mem;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::eventfd::EventFd;
 
-use super::{Cancel, Completion, Engine, Finished, Job, Operation, Token};
+use super::{Cancel, Completion, Engine, Finished, Job, Need, Operation, Token};
 use crate::store::pool::WorkId;
-use crate::store::{Cause, Store};
+use crate::store::{Cause, Held, Hold, Mode, Store, Wanted};
 
 /// Runs everything on the pools of the stores.
 pub struct ThreadEngine<J> {
@@ -16,10 +21,25 @@ pub struct ThreadEngine<J> {
 }
 
 struct Running {
-    /// `None` if a thread of its own is at it, or none could be had: then it has completed.
-    work: Option<WorkId>,
+    place: Arc<Mutex<Place>>,
     store: Arc<dyn Store>,
     cancel: Arc<Cancel>,
+}
+
+/// Where something is that was begun, and can be taken back from.
+#[derive(Debug, Default)]
+enum Place {
+    /// Nowhere: a thread is at it, or it has completed.
+    #[default]
+    Gone,
+    /// It waits for ranges of its store, under this number.
+    Waits(u64),
+    /// The pool has it.
+    Queued(WorkId),
+}
+
+fn lock(place: &Mutex<Place>) -> MutexGuard<'_, Place> {
+    place.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Where pool threads leave completions for the queue thread.
@@ -35,6 +55,11 @@ impl<J> Port<J> {
         // It fails only if the counter is full, and then the queue thread is awake already.
         let _ = self.wake.write(1);
     }
+
+    /// Nothing was done, for want of a thread.
+    fn refuse(&self, token: u32) {
+        self.post(Token(token), Finished::Operation(Err(Cause::Busy.into())));
+    }
 }
 
 impl<J: Send + 'static> ThreadEngine<J> {
@@ -44,21 +69,64 @@ impl<J: Send + 'static> ThreadEngine<J> {
         ThreadEngine { port: Arc::new(port), running: HashMap::new() }
     }
 
+    /// Has `work` done by the store's pool, or by a thread `apart`, when it can hold what it needs.
     fn run(
         &mut self,
         token: Token,
         store: &Arc<dyn Store>,
+        need: Option<(Mode, &[Range<u64>])>,
+        apart: bool,
         work: impl FnOnce(&Cancel, &dyn Store) -> Finished<J> + Send + 'static,
     ) {
         let id = token.0;
-        let cancel = Arc::new(Cancel::default());
-        let (port, flag, on) = (Arc::clone(&self.port), Arc::clone(&cancel), Arc::clone(store));
-        let work = Box::new(move || port.post(token, work(&flag, on.as_ref())));
-        let work = store.pool().run(work).ok();
-        if work.is_none() {
-            self.port.post(Token(id), Finished::Operation(Err(Cause::Busy.into())));
+        let (cancel, place) = (Arc::new(Cancel::default()), Arc::<Mutex<Place>>::default());
+        let (flag, known) = (Arc::clone(&cancel), Arc::clone(&place));
+        let (port, on) = (Arc::clone(&self.port), Arc::clone(store));
+        let begin = move |held: Held| {
+            let done = Arc::clone(&port);
+            let work = Box::new(move || {
+                let result = work(&flag, held.store());
+                drop(held);
+                done.post(token, result);
+            });
+            // The place is not looked at before it says where the work is.
+            let mut place = lock(&known);
+            let pool = on.pool();
+            let begun = match apart {
+                false => pool.run(work),
+                true => {
+                    let (done, on) = (Arc::clone(&port), Arc::clone(&on));
+                    // Making a thread takes time, which a queue thread has not.
+                    pool.run(Box::new(move || {
+                        if on.pool().run_apart(work).is_err() {
+                            done.refuse(id);
+                        }
+                    }))
+                }
+            };
+            match begun {
+                Ok(id) => *place = Place::Queued(id),
+                Err(_) => port.refuse(id),
+            }
+        };
+        let running = Running { place: Arc::clone(&place), store: Arc::clone(store), cancel };
+        self.running.insert(id, running);
+        let Some((mode, ranges)) = need else { return begin(Held::nothing(Arc::clone(store))) };
+        let of_hold = Arc::clone(store);
+        let begin = move |hold: Hold| begin(Held::new(of_hold, hold));
+        if mode == Mode::Together
+            && let Some(hold) = store.hold_now(ranges)
+        {
+            return begin(hold);
         }
-        self.running.insert(id, Running { work, store: Arc::clone(store), cancel });
+        let mut place = lock(&place);
+        match store.hold(mode, ranges, Box::new(begin)) {
+            Wanted::Had(hold, begin) => {
+                drop(place);
+                begin(hold);
+            }
+            Wanted::Waits(number) => *place = Place::Waits(number),
+        }
     }
 }
 
@@ -66,8 +134,8 @@ impl<J: Send + 'static> ThreadEngine<J> {
     /// Counts an operation as running that another thread is at, which will post its completion.
     pub(super) fn adopt(&mut self, token: u32, store: &Arc<dyn Store>) -> Arc<Cancel> {
         let cancel = Arc::new(Cancel::default());
-        let running = Running { work: None, store: Arc::clone(store), cancel: Arc::clone(&cancel) };
-        self.running.insert(token, running);
+        let (place, store) = (Arc::default(), Arc::clone(store));
+        self.running.insert(token, Running { place, store, cancel: Arc::clone(&cancel) });
         cancel
     }
 
@@ -78,7 +146,9 @@ impl<J: Send + 'static> ThreadEngine<J> {
 
     /// Has a thread do an operation.
     pub(super) fn hand_over(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation) {
-        self.run(token, store, |cancel, store| {
+        let range = operation.range();
+        let need = (!range.is_empty()).then_some((Mode::Together, std::slice::from_ref(&range)));
+        self.run(token, store, need, false, |cancel, store| {
             Finished::Operation(match cancel.is_requested() {
                 true => Err(Cause::Cancelled.into()),
                 false => operation.run(store),
@@ -93,13 +163,30 @@ impl<J: Send + 'static> Engine<J> for ThreadEngine<J> {
     }
 
     fn spawn(&mut self, token: Token, store: &Arc<dyn Store>, job: Job<J>) {
-        self.run(token, store, |cancel, _| Finished::Job(job(cancel)));
+        let Job { need, work } = job;
+        let work = move |cancel: &Cancel, store: &dyn Store| Finished::Job(work(cancel, store));
+        match need {
+            Need::Nothing => self.run(token, store, None, false, work),
+            Need::Thread => self.run(token, store, None, true, work),
+            Need::Together(ranges) => {
+                self.run(token, store, Some((Mode::Together, &ranges)), false, work);
+            }
+            Need::Alone(range) => {
+                self.run(token, store, Some((Mode::Alone, &[range])), false, work);
+            }
+        }
     }
 
     fn cancel(&mut self, token: u32) {
-        let Some(running) = self.running.get(&token) else { return };
-        running.cancel.request();
-        if running.work.is_some_and(|work| running.store.pool().withdraw(work).is_some()) {
+        let Some(Running { place, store, cancel }) = self.running.get(&token) else { return };
+        cancel.request();
+        let place = mem::take(&mut *lock(place));
+        let withdrawn = match place {
+            Place::Gone => false,
+            Place::Waits(number) => store.stop_waiting(number).is_some(),
+            Place::Queued(work) => store.pool().withdraw(work).is_some(),
+        };
+        if withdrawn {
             self.port.post(Token(token), Finished::Withdrawn);
         }
     }
@@ -118,9 +205,12 @@ impl<J: Send + 'static> Engine<J> for ThreadEngine<J> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
+    use super::super::Work;
     use super::*;
     use crate::store::mem::MemStore;
-    use crate::store::{Buffers, Durability};
+    use crate::store::{Buffers, Durability, Exclusion};
 
     fn collect<J: Send + 'static>(
         engine: &mut ThreadEngine<J>,
@@ -163,15 +253,64 @@ mod tests {
         let wake = Arc::new(EventFd::new().unwrap());
         let mut engine = ThreadEngine::<&str>::new(Arc::clone(&wake));
         let store: Arc<dyn Store> = Arc::new(MemStore::new(4096));
-        let job: Job<&str> = Box::new(|cancel| {
-            while !cancel.is_requested() {
-                std::thread::yield_now();
-            }
-            "stopped"
+        for need in [Need::Nothing, Need::Thread, Need::Alone(0..8)] {
+            let work: Work<&str> = Box::new(|cancel, _| {
+                while !cancel.is_requested() {
+                    std::thread::yield_now();
+                }
+                "stopped"
+            });
+            engine.spawn(Token(7), &store, Job { need, work });
+            engine.cancel(7);
+            let done = collect(&mut engine, &wake, 1);
+            assert!(matches!(done[0].result, Finished::Job("stopped") | Finished::Withdrawn));
+        }
+    }
+
+    /// More wait for a range than there are threads, and what wants none of it does not notice. Who waits can be taken
+    /// back; the others are done when the range is free.
+    #[test]
+    fn those_who_wait_take_no_thread() {
+        let wake = Arc::new(EventFd::new().unwrap());
+        let mut engine = ThreadEngine::<u32>::new(Arc::clone(&wake));
+        let store: Arc<dyn Store> = Arc::new(Exclusion::around(Arc::new(MemStore::new(1 << 20))));
+        let (open, gate) = mpsc::channel::<()>();
+        let holder: Work<u32> = Box::new(move |_, _| {
+            gate.recv().unwrap();
+            0
         });
-        engine.spawn(Token(7), &store, job);
-        engine.cancel(7);
-        let done = collect(&mut engine, &wake, 1);
-        assert!(matches!(done[0].result, Finished::Job("stopped") | Finished::Withdrawn));
+        engine.spawn(Token(0), &store, Job { need: Need::Alone(0..512), work: holder });
+        let job = |n, need| Job { need, work: Box::new(move |_, _| n) };
+        for n in 1..40u32 {
+            let into = Buffers::zeroed(8).unwrap();
+            match n % 4 {
+                0 => engine.spawn(Token(n), &store, job(n, Need::Alone(0..8))),
+                1 => engine.spawn(Token(n), &store, job(n, Need::Together(vec![4..8]))),
+                _ => engine.submit(
+                    Token(n),
+                    0,
+                    &store,
+                    Operation::Read { offset: 0, into, medium: false },
+                ),
+            }
+        }
+        engine.spawn(Token(99), &store, job(99, Need::Alone(512..520)));
+        let into = Buffers::zeroed(8).unwrap();
+        engine.submit(Token(98), 0, &store, Operation::Read { offset: 4096, into, medium: true });
+        let tokens = |done: Vec<Completion<u32>>| {
+            let mut tokens: Vec<u32> = done.into_iter().map(|c| c.token.0).collect();
+            tokens.sort_unstable();
+            tokens
+        };
+        assert_eq!(tokens(collect(&mut engine, &wake, 2)), [98, 99]);
+        (1..20).for_each(|token| engine.cancel(token));
+        let withdrawn = collect(&mut engine, &wake, 19);
+        assert!(withdrawn.iter().all(|c| matches!(c.result, Finished::Withdrawn)));
+        assert_eq!(tokens(withdrawn), (1..20).collect::<Vec<_>>());
+        open.send(()).unwrap();
+        let done = collect(&mut engine, &wake, 21);
+        assert!(!done.iter().any(|c| matches!(c.result, Finished::Withdrawn)));
+        assert_eq!(tokens(done), [0].into_iter().chain(20..40).collect::<Vec<_>>());
+        assert!(engine.running.is_empty());
     }
 }

@@ -119,7 +119,7 @@ impl<J: Send + 'static> UringEngine<J> {
         };
         self.keep(number, store);
         self.side.launch(token, file, Flight { number, operation, hold }).map_err(|flight| {
-            store.ring_done(flight.hold);
+            store.let_go(flight.hold);
             flight.operation
         })
     }
@@ -129,7 +129,7 @@ impl<J: Send + 'static> UringEngine<J> {
         let UringEngine { side, threads, stores, done } = self;
         side.land(|token, Flight { number, operation, hold }, result| {
             let store = stores.get(number).and_then(Option::as_ref);
-            store.inspect(|store| store.ring_done(hold));
+            store.inspect(|store| store.let_go(hold));
             match (outcome(&operation, result), store) {
                 (None, Some(store)) => threads.hand_over(token, store, operation),
                 (result, _) => {
@@ -187,7 +187,7 @@ impl<J: Send + 'static> Left<J> {
         while side.flying > 0 {
             side.enter(1);
             side.land(|token, Flight { operation, hold, .. }, result| {
-                store.ring_done(hold);
+                store.let_go(hold);
                 let result = outcome(&operation, result);
                 let result = result.unwrap_or_else(|| operation.run(store.as_ref()));
                 port.post(token, Finished::Operation(result));
