@@ -84,7 +84,11 @@ impl Bench {
             Plan::Transfer(transfer, operation) => {
                 transfer.finish(lun, operation.run(lun.store().as_ref()))
             }
-            Plan::Job(job) => job(&Cancel::default()),
+            Plan::Job(work) => {
+                let outcome = (work.job)(&Cancel::default());
+                work.begin.inspect(|begin| drop(begin.send(())));
+                outcome
+            }
         };
         check(&outcome, out.len().max(room));
         outcome

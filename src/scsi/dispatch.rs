@@ -1,14 +1,15 @@
 //! The way of a command through the checks that every command passes, to its handler and back.
 
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 
 use super::attention::Nexus;
-use super::cmd::{self, Access, Command, Context, Missing, Reply};
+use super::cmd::{self, Access, Command, Context, JobFn, Missing, Reply};
 use super::lun::Lun;
 use super::provisioning;
 use super::sense::ScsiError;
 use super::target::{Addressed, Target};
-use super::{Delivery, Outcome, Plan, Request, Transfer};
+use super::{Delivery, Outcome, Plan, Request, Transfer, Work};
 use crate::store::Buffers;
 use crate::store::engine::Cancel;
 
@@ -57,14 +58,21 @@ fn on_disk(
             let writing = command.access == Access::Write;
             Plan::Transfer(Transfer { bytes, writing }, operation)
         }
-        Reply::Job(job) => {
-            let on = Arc::clone(lun);
-            Plan::Job(Box::new(move |cancel: &Cancel| match job(cancel) {
-                Ok(transferred) => Outcome::good(transferred),
-                Err(error) => on.failed(error),
-            }))
-        }
+        Reply::Job(job) => plan_job(command, lun, job, None),
+        Reply::Begins(job, begin) => plan_job(command, lun, job, Some(begin)),
     }
+}
+
+fn plan_job(command: &Command, lun: &Arc<Lun>, job: JobFn, begin: Option<Sender<()>>) -> Plan {
+    let on = Arc::clone(lun);
+    Plan::Job(Work {
+        job: Box::new(move |cancel: &Cancel| match job(cancel) {
+            Ok(transferred) => Outcome::good(transferred),
+            Err(error) => on.failed(error),
+        }),
+        at_medium: command.is_at_medium(),
+        begin,
+    })
 }
 
 /// A command to a logical unit that is no disk: the well-known one, or none at all.

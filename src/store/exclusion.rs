@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::copy::Method;
+use super::copy::{CopyError, Method};
 use super::engine::Cancel;
 use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Notes, Operation, Pool, RingFile, Snapshot,
@@ -364,10 +364,14 @@ impl Store for Exclusion {
         self.shared(&[range, NOTHING], work);
     }
 
-    fn snapshot(&self, ranges: &[Range<u64>]) -> Result<Option<Snapshot>, StoreError> {
+    fn snapshot(
+        &self,
+        ranges: &[Range<u64>],
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Option<Snapshot>, CopyError> {
         let start = ranges.iter().map(|range| range.start).min().unwrap_or(0);
         let end = ranges.iter().map(|range| range.end).max().unwrap_or(0);
-        self.shared(&[start..end, NOTHING], || self.store.snapshot(ranges))
+        self.shared(&[start..end, NOTHING], || self.store.snapshot(ranges, go_on))
     }
 
     fn space(&self) -> Result<Option<Space>, StoreError> {

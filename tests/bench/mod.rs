@@ -78,7 +78,11 @@ impl Bench {
             Plan::Transfer(transfer, operation) => {
                 transfer.finish(&self.lun, operation.run(self.lun.store().as_ref()))
             }
-            Plan::Job(job) => job(&Cancel::default()),
+            Plan::Job(work) => {
+                let outcome = (work.job)(&Cancel::default());
+                work.begin.inspect(|begin| drop(begin.send(())));
+                outcome
+            }
         };
         Answer { data: data_in.to_vec(outcome.transferred), outcome }
     }

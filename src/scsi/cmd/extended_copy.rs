@@ -4,7 +4,8 @@
 //! Everything in the list is checked before any segment runs; what is wrong with a segment's disks or
 //! their blocks ends that segment.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, mpsc};
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
@@ -14,7 +15,7 @@ use crate::scsi::Target;
 use crate::scsi::copy::segment::{self, Cscd, Segment, What};
 use crate::scsi::copy::{Operation, Running, Start};
 use crate::scsi::lun::Lun;
-use crate::scsi::sense::{ScsiError, asc};
+use crate::scsi::sense::{Key, ScsiError, Sense, asc};
 use crate::scsi::wire::{Cdb, U16, U32, U64};
 use crate::store::engine::Cancel;
 
@@ -224,7 +225,11 @@ fn extended_copy(
     let list = context.request.data_out.to_vec(len.min(most));
     let header = header(&list)?;
     let segments = parse(context.target, context.lun, &list, len, &header)?;
-    let copy = context.target.copies().begin(context.nexus, context.lun, &header.start)?;
+    let named = segments.iter().flat_map(|s| [&s.source, &s.destination]).flatten();
+    let others: BTreeSet<usize> = named.map(|lun| lun.index()).collect();
+    let others = others.into_iter().collect();
+    let copies = context.target.copies();
+    let copy = copies.begin(context.nexus, context.lun, others, &header.start)?;
     let work =
         move |operation: &Operation, cancel: &Cancel| segment::run(operation, &segments, cancel);
     Ok(run(copy, Arc::clone(context.lun), header.start.immediate, len, work))
@@ -238,17 +243,34 @@ pub(super) fn run(
     consumed: usize,
     work: impl FnOnce(&Operation, &Cancel) -> Result<(), ScsiError> + Send + 'static,
 ) -> Reply {
-    Reply::Job(Box::new(move |cancel| {
-        if immediate {
-            // Commands that abort it wait for it.
-            let begun = lun.store().pool().run_apart(Box::new(move || {
+    if !immediate {
+        return Reply::Job(Box::new(move |cancel| {
+            let done = copy.run(|operation| work(operation, cancel));
+            done.map(|()| consumed).map_err(|error| match error {
+                // It is not its command that was to end.
+                ScsiError::Aborted if !cancel.is_requested() => {
+                    ScsiError::Check(Sense::new(Key::CopyAborted, asc::IO_PROCESS_TERMINATED))
+                }
+                other => other,
+            })
+        }));
+    }
+    let (begin, begins) = mpsc::channel();
+    let job = move |cancel: &Cancel| {
+        if cancel.is_requested() {
+            return Err(ScsiError::Aborted);
+        }
+        // Commands that abort it wait for it.
+        let made = lun.store().pool().run_apart(Box::new(move || {
+            // Not if a task management function ends the command: what it ended does nothing any more.
+            if begins.recv().is_ok() {
                 // What became of it is asked for by its list identifier.
                 let _ = copy.run(|operation| work(operation, &Cancel::default()));
-            }));
-            return begun.map(|()| consumed).map_err(|_| ScsiError::Busy);
-        }
-        copy.run(|operation| work(operation, cancel)).map(|()| consumed)
-    }))
+            }
+        }));
+        made.map(|()| consumed).map_err(|_| ScsiError::Busy)
+    };
+    Reply::Begins(Box::new(job), begin)
 }
 
 /// The segments of a list of `len` bytes.
