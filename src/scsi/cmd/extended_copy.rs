@@ -403,3 +403,72 @@ pub(super) fn abort(context: Context<'_>) -> Result<Reply, ScsiError> {
     let operation = manager.find(context.nexus, context.lun, list_id, 2)?;
     Ok(Reply::Job(Box::new(move |cancel| manager.abort(&operation, cancel).map(|()| 0))))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scsi::copy::Status;
+    use crate::scsi::{Addressed, LunNumber, LunSettings, Plan, Port, Request, execute};
+    use crate::store::mem::MemStore;
+    use crate::store::{Buffers, Durability};
+
+    fn lun() -> Arc<Lun> {
+        let settings = LunSettings {
+            target: 0,
+            lun: LunNumber::MIN,
+            serial: "X".into(),
+            naa: vec![0x30; 8],
+            block_size: 512,
+            physical_block_size: 512,
+            rotational: false,
+            discard: true,
+            discard_granularity: 512,
+            detect_zeroes: Default::default(),
+            write_cache: true,
+        };
+        Arc::new(Lun::new(settings, 0, Arc::new(MemStore::new(1 << 20))).unwrap())
+    }
+
+    /// If a task management function ends the command first, nobody tells the copy to begin, and it never does.
+    #[test]
+    fn a_copy_in_the_background_begins_when_its_command_has_been_answered() {
+        for answered in [true, false] {
+            let lun = lun();
+            let target = Arc::new(Target::new(vec![Arc::clone(&lun)], 1));
+            let nexus = target.connect(Port(1));
+            let run = |cdb: Cdb, list: &[u8]| {
+                let (data_out, data_in) = (Buffers::copy_of(list).unwrap(), Buffers::default());
+                let request = Request { cdb, data_out, data_in, again: false };
+                execute(&target, &nexus, &Addressed::Disk(&lun), request)
+            };
+            // The unit attention.
+            let _ = run(Cdb::new(&[0; 6]), &[]);
+            let old = Buffers::copy_of(&[7; 4096]).unwrap();
+            lun.store().write(0, &old, Durability::Cached).unwrap();
+            // Eight blocks from block 0 of this disk to block 100, IMMED, list identifier 9.
+            let mut list = vec![0; 48];
+            (list[0], list[3], list[15], list[16], list[23], list[45]) = (1, 0x20, 1, 0xff, 9, 28);
+            list.extend([2, 0, 0, 24, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 8]);
+            list.extend([0u64, 100].map(u64::to_be_bytes).concat());
+            let mut cdb = [0x83, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+            cdb[13] = u8::try_from(list.len()).unwrap();
+            let Plan::Job(work) = run(Cdb::new(&cdb), &list) else { panic!("no job") };
+            let outcome = (work.job)(&Cancel::default());
+            assert_eq!(outcome.status, crate::scsi::Status::Good, "{outcome:?}");
+            let copy = target.copies().find(&nexus, &lun, 9, 0).unwrap();
+            assert_eq!((copy.report().status, copy.report().bytes), (Status::Background, 0));
+            match answered {
+                true => work.begin.unwrap().send(()).unwrap(),
+                false => drop(work.begin),
+            }
+            while copy.report().status == Status::Background {
+                std::thread::yield_now();
+            }
+            let (status, byte) = if answered { (Status::Done, 7) } else { (Status::Terminated, 0) };
+            assert_eq!(copy.report().status, status);
+            let found = Buffers::zeroed(4096).unwrap();
+            lun.store().read(100 * 512, &found).unwrap();
+            assert_eq!(found.to_vec(4096), [byte; 4096]);
+        }
+    }
+}
