@@ -86,7 +86,9 @@ impl Bench {
             }
             Plan::Job(work) => {
                 let outcome = (work.job)(&Cancel::default());
-                work.begin.inspect(|begin| drop(begin.send(())));
+                if let Some(begin) = work.begin {
+                    let _ = begin.send(());
+                }
                 outcome
             }
         };

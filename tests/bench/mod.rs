@@ -80,7 +80,9 @@ impl Bench {
             }
             Plan::Job(work) => {
                 let outcome = (work.job)(&Cancel::default());
-                work.begin.inspect(|begin| drop(begin.send(())));
+                if let Some(begin) = work.begin {
+                    let _ = begin.send(());
+                }
                 outcome
             }
         };
