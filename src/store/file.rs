@@ -315,7 +315,8 @@ impl FileStore {
             end = end.saturating_add(blocks);
         }
         // A place in the unnamed file says nothing to anybody.
-        let own = |cause, done| CopyError { side: Side::Destination, error: cause.into(), done };
+        let own =
+            |cause: Cause, done| CopyError { side: Side::Destination, error: cause.into(), done };
         let host = |e: io::Error| own(Cause::from(&e), 0);
         let file = directory.unnamed_file().map_err(host)?;
         file.set_len(end).map_err(host)?;

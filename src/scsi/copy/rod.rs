@@ -253,7 +253,8 @@ impl Rods {
     }
 
     /// Whether an initiator can have another token.
-    fn check_share(&self, state: &State, owner: Port) -> Result<(), ScsiError> {
+    fn check_share(&self, state: &mut State, owner: Port) -> Result<(), ScsiError> {
+        state.bury();
         match state.live.iter().filter(|rod| rod.is_by(owner)).count() < self.share {
             true => Ok(()),
             false => Err(ScsiError::illegal(asc::INSUFFICIENT_RESOURCES_TO_CREATE_ROD_TOKEN)),
@@ -276,7 +277,7 @@ impl Rods {
     ) -> Result<TokenBytes, ScsiError> {
         let Wanted { lun, creator, ranges, keep, timeout } = wanted;
         let owner = leave.port();
-        self.check_share(&self.state(), owner)?;
+        self.check_share(&mut self.state(), owner)?;
         let snapshot = match keep {
             Keep::Not => None,
             Keep::IfPossible | Keep::Surely => keep_ranges(&lun, &ranges, leave)?,
@@ -289,7 +290,7 @@ impl Rods {
         let mut state = self.state();
         // Whoever ends tokens has taken the leave from those that are made before it looks for those that there are.
         leave.look()?;
-        self.check_share(&state, owner)?;
+        self.check_share(&mut state, owner)?;
         state.next += 1;
         let token = make_token(kind, state.next, &creator, bytes)?;
         let used = Mutex::new(Instant::now());
