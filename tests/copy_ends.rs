@@ -488,13 +488,12 @@ fn tokens_of_a_disk_end_when_it_is_erased() {
         let kept = if kind == Kind::Ext4 { BY_REFERENCE } else { POINT_IN_TIME };
         for (what, cdb, list, _) in erasing() {
             lun.write16(0, &[7; 4096]);
-            let files = daemon.fd_count();
             let token = populate(&lun, 1, 600, &[(0, 8)]).0;
             assert_eq!(token[..4], kept.to_be_bytes());
             lun.run_out(cdb, &list).expect_good();
             write_token(&other, 2, &token, 0, 0, &[(0, 8)]).expect_sense(REVOKED);
             assert_same(&other.read16(0, 8), &[0; 4096], what);
-            eventually("what it kept is let go of", || daemon.fd_count() == files);
+            eventually("what it kept is let go of", || mount.unnamed(&daemon.fds()) == 0);
         }
     }
 }
@@ -561,7 +560,7 @@ fn writes_under_way_end_before_a_disk_is_erased() {
             }
         }
         answer.expect_good();
-        assert!((1..=32).contains(&refusals), "{what}: {refusals} writes were refused");
+        assert!((1..64).contains(&refusals), "{what}: {refusals} of 64 writes were refused");
         assert_same(&host_read(&image, 0, MIB as usize), &vec![0; MIB as usize], what);
     }
 }

@@ -6,7 +6,8 @@
 //! the host counts it as the file's.
 //!
 //! A snapshot counts from the start with all that it holds, though it takes nothing as long as it shares that with the
-//! file: what is overwritten in the file is the snapshot's alone from then on, and nobody has to ask then.
+//! file: what is overwritten in the file is the snapshot's alone from then on, and nobody has to ask then. Where the host
+//! keeps extents as a whole, that is up to all that the file has.
 
 use std::fs::File;
 use std::ops::Range;
@@ -56,12 +57,16 @@ impl<S: Store> Budget<S> {
         Ok(Some(Charge { kept: Arc::clone(&self.kept), bytes }))
     }
 
-    /// Bytes that ranges have space for, in whole blocks of the host; `None` if it is not to go on.
+    /// Bytes that a snapshot of ranges can come to take: what they have space for, in whole blocks of the host. `None` if it
+    /// is not to go on.
     fn held(
         &self,
         ranges: &[Range<u64>],
         go_on: &mut dyn FnMut(u64) -> bool,
     ) -> Result<Option<u64>, StoreError> {
+        if self.store.capabilities().shares_whole_extents {
+            return Ok(self.store.space()?.map(|space| space.used));
+        }
         let mut held = 0u64;
         for range in ranges {
             let blocks = self.whole_blocks(range);

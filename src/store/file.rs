@@ -240,6 +240,7 @@ impl FileStore {
             whole_writes: 0,
             // Nothing is made beside a disk that is only read.
             snapshots: shares && !options.read_only,
+            shares_whole_extents: sys::shares_whole_extents(&file),
             transfer_align,
             in_memory: !options.direct && sys::is_in_memory(&file),
             device: device(&file, block_device).map_err(|e| plain(&e))?,

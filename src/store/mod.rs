@@ -205,6 +205,8 @@ pub struct Capabilities {
     pub whole_writes: usize,
     /// [`Store::snapshot`] works.
     pub snapshots: bool,
+    /// A snapshot of a part of an extent keeps all of it.
+    pub shares_whole_extents: bool,
     /// Offsets and lengths of transfers must be multiples of this (1 without O_DIRECT).
     pub transfer_align: u32,
     /// Everything is in memory: nothing that is done at once waits for anything.
