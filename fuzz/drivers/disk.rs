@@ -84,7 +84,13 @@ impl Bench {
             Plan::Transfer(transfer, operation) => {
                 transfer.finish(lun, operation.run(lun.store().as_ref()))
             }
-            Plan::Job(job) => job.run(lun.store().as_ref(), &Cancel::default()),
+            Plan::Job(work) => {
+                let outcome = work.job.run(lun.store().as_ref(), &Cancel::default());
+                if let Some(begin) = work.begin {
+                    let _ = begin.send(());
+                }
+                outcome
+            }
         };
         check(&outcome, out.len().max(room));
         outcome

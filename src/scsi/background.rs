@@ -186,11 +186,16 @@ impl Background {
     }
 }
 
-/// Starts an operation, which is noted before anything happens. Blocks for the note.
+/// Starts an operation, which is noted before anything happens. Blocks for the note. `first` comes before it on its thread,
+/// when the disk takes no commands any more.
 ///
 /// # Errors
 /// If one is under way, or only another would mend the disk, or it cannot be noted, or there is no thread for it.
-pub fn start(lun: &Arc<Lun>, work: Work) -> Result<Started, ScsiError> {
+pub fn start(
+    lun: &Arc<Lun>,
+    work: Work,
+    first: impl FnOnce() + Send + 'static,
+) -> Result<Started, ScsiError> {
     let background = lun.background();
     let (before, started) = {
         let mut state = background.state();
@@ -208,7 +213,7 @@ pub fn start(lun: &Arc<Lun>, work: Work) -> Result<Started, ScsiError> {
         (std::mem::replace(&mut *state, State::Running(work.clone())), started)
     };
     // There is a thread for it before it is noted, so that nothing is noted that does not run.
-    let noted = spawn(lun, work.clone()).and_then(|begin| {
+    let noted = spawn(lun, work.clone(), first).and_then(|begin| {
         note(lun, Some(&format!("running {}", work.encode())))?;
         Ok(begin)
     });
@@ -236,7 +241,7 @@ pub fn resume(lun: &Arc<Lun>) {
     if state == "running" && known && !lun.store().capabilities().read_only {
         log::info!("{}: {} begins again", lun.settings().serial, work.name());
         background.become_state(State::Running(work.clone()));
-        match spawn(lun, work.clone()) {
+        match spawn(lun, work.clone(), || {}) {
             Ok(begin) => drop(begin.send(())),
             Err(_) => {
                 log::error!(
@@ -257,7 +262,11 @@ pub fn resume(lun: &Arc<Lun>) {
 }
 
 /// Makes the thread of an operation, which begins when it is told to, and ends if nobody will.
-fn spawn(lun: &Arc<Lun>, work: Work) -> Result<Sender<()>, ScsiError> {
+fn spawn(
+    lun: &Arc<Lun>,
+    work: Work,
+    first: impl FnOnce() + Send + 'static,
+) -> Result<Sender<()>, ScsiError> {
     let on = Arc::clone(lun);
     let (begin, begins) = mpsc::channel();
     // Commands wait for it, as many as the pool has threads.
@@ -265,6 +274,7 @@ fn spawn(lun: &Arc<Lun>, work: Work) -> Result<Sender<()>, ScsiError> {
         if begins.recv().is_err() {
             return;
         }
+        first();
         let (background, serial) = (on.background(), &on.settings().serial);
         // An operation has ended when a restart will not repeat it.
         let done = work.run(&on).and_then(|()| note(&on, None));

@@ -1,6 +1,7 @@
 //! The way of a command through the checks that every command passes, to its handler and back.
 
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 
 use super::attention::Nexus;
 use super::cmd::{self, Access, Command, Context, Missing, NeedyFn, Reply};
@@ -8,7 +9,7 @@ use super::lun::Lun;
 use super::provisioning;
 use super::sense::ScsiError;
 use super::target::{Addressed, Target};
-use super::{Delivery, Outcome, Plan, Request, Transfer};
+use super::{Delivery, Outcome, Plan, Request, Transfer, Work};
 use crate::store::engine::{Cancel, Job, Need};
 use crate::store::{Buffers, Store};
 
@@ -57,18 +58,31 @@ fn on_disk(
             let writing = command.access == Access::Write;
             Plan::Transfer(Transfer { bytes, writing }, operation)
         }
-        Reply::Job(job) => plan(lun, Need::Nothing, Box::new(move |cancel, _| job(cancel))),
-        Reply::Needy(need, job) => plan(lun, need, job),
+        Reply::Job(job) => {
+            plan_job(command, lun, Need::Nothing, Box::new(move |cancel, _| job(cancel)), None)
+        }
+        Reply::Needy(need, job) => plan_job(command, lun, need, job, None),
+        Reply::Begins(job, begin) => {
+            let job = Box::new(move |cancel: &Cancel, _: &dyn Store| job(cancel));
+            plan_job(command, lun, Need::Nothing, job, Some(begin))
+        }
     }
 }
 
-fn plan(lun: &Arc<Lun>, need: Need, job: NeedyFn) -> Plan {
+fn plan_job(
+    command: &Command,
+    lun: &Arc<Lun>,
+    need: Need,
+    job: NeedyFn,
+    begin: Option<Sender<()>>,
+) -> Plan {
     let on = Arc::clone(lun);
     let work = move |cancel: &Cancel, store: &dyn Store| match job(cancel, store) {
         Ok(transferred) => Outcome::good(transferred),
         Err(error) => on.failed(error),
     };
-    Plan::Job(Job { need, work: Box::new(work) })
+    let job = Job { need, work: Box::new(work) };
+    Plan::Job(Work { job, at_medium: command.is_at_medium(), begin })
 }
 
 /// A command to a logical unit that is no disk: the well-known one, or none at all.

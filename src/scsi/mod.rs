@@ -19,6 +19,8 @@ pub mod statistics;
 pub mod target;
 pub mod wire;
 
+use std::sync::mpsc::Sender;
+
 use crate::store::engine::Job;
 use crate::store::{Buffers, Cause, Operation, StoreError};
 
@@ -51,7 +53,17 @@ pub enum Plan {
     /// One transfer, then [`Transfer::finish`].
     Transfer(Transfer, Operation),
     /// Blocking work of several steps on the disk's threads, which makes the outcome itself.
-    Job(Job<Outcome>),
+    Job(Work),
+}
+
+/// Blocking work of a command.
+pub struct Work {
+    /// Does it.
+    pub job: Job<Outcome>,
+    /// It is about what the medium holds, and has to be over before all of that changes (FORMAT UNIT, SANITIZE).
+    pub at_medium: bool,
+    /// To be told when the command has been answered as the work has ended: something that goes on begins then.
+    pub begin: Option<Sender<()>>,
 }
 
 /// What is known of a transfer while it is under way.

@@ -465,8 +465,9 @@ impl Reservations {
     /// anyway (SPC-5 5.14.3; CRH).
     ///
     /// # Errors
-    /// RESERVATION CONFLICT.
+    /// RESERVATION CONFLICT; BUSY while a change is being noted, which would not know of it.
     pub fn reserve(&self, port: Port) -> Result<(), ScsiError> {
+        let _alone = self.changing.try_lock().map_err(|_| ScsiError::Busy)?;
         self.basic(port, |state| state.basic = Some(port))
     }
 
@@ -532,6 +533,25 @@ mod tests {
         assert!(again.holds(port) && again.holders_key() == 0xab);
         change(Change::Register { old: None, new: 0xcd, survives: false });
         assert_eq!(Reservations::of(&notes).state(), State::default());
+    }
+
+    /// A RESERVE that was answered GOOD is not undone by a registration that was being noted meanwhile, and one that has
+    /// ended does not come back.
+    #[test]
+    fn a_reserve_and_a_change_do_not_undo_each_other() {
+        let reservations = Reservations::default();
+        let (one, other) = (Port(1), Port(2));
+        {
+            // As while a change waits for the host to note it.
+            let _alone = lock(&reservations.changing);
+            assert_eq!(reservations.reserve(one), Err(ScsiError::Busy));
+        }
+        reservations.reserve(one).unwrap();
+        let register = Change::Register { old: None, new: 7, survives: true };
+        assert_eq!(reservations.change(other, register, &Notes::in_memory()), Err(CONFLICT));
+        reservations.nexus_lost(one);
+        reservations.change(other, register, &Notes::in_memory()).unwrap();
+        assert_eq!((reservations.state().basic, reservations.reserve(one)), (None, Err(CONFLICT)));
     }
 
     #[test]

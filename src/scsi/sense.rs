@@ -27,6 +27,7 @@ pub type Asc = u16;
 pub mod asc {
     use super::Asc;
     pub const NONE: Asc = 0x0000;
+    pub const IO_PROCESS_TERMINATED: Asc = 0x0006;
     pub const OPERATION_IN_PROGRESS: Asc = 0x0016;
     pub const NOT_READY_INITIALIZING_COMMAND_REQUIRED: Asc = 0x0402;
     pub const NOT_READY_FORMAT_IN_PROGRESS: Asc = 0x0404;
@@ -80,7 +81,10 @@ pub mod asc {
     pub const LOGICAL_UNIT_FAILED_SELF_TEST: Asc = 0x3e03;
     pub const REPORTED_LUNS_DATA_CHANGED: Asc = 0x3f0e;
     pub const INTERNAL_TARGET_FAILURE: Asc = 0x4400;
+    pub const INSUFFICIENT_RESOURCES: Asc = 0x5503;
     pub const INSUFFICIENT_REGISTRATION_RESOURCES: Asc = 0x5504;
+    pub const INSUFFICIENT_RESOURCES_TO_CREATE_ROD: Asc = 0x550c;
+    pub const INSUFFICIENT_RESOURCES_TO_CREATE_ROD_TOKEN: Asc = 0x550d;
 }
 
 /// Sense data before it is encoded.

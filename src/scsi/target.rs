@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::address::{LunNumber, REPORT_LUNS_WLUN};
 use super::attention::{Nexus, Port, UnitAttention};
-use super::copy::CopyManager;
+use super::copy::{self, CopyManager};
 use super::lun::Lun;
 
 /// What a transport address leads to.
@@ -38,6 +38,10 @@ pub trait Tasks: Send + Sync {
     /// Ends the commands that came by these ports to a disk, with TASK ABORTED (SAM-6 5.3.1; the TAS bit is
     /// one). The receiver hangs up when the last of them has ended.
     fn abort(&self, ports: &[Port], disk: usize) -> Receiver<()>;
+
+    /// Has the commands end that are under way at the medium of a disk, whose ever they are: early where they can. The
+    /// receiver hangs up when the last of them has ended.
+    fn clear(&self, disk: usize) -> Receiver<()>;
 }
 
 /// Logical units of target 0 that are found at once.
@@ -69,7 +73,7 @@ impl Target {
             ports,
             nexuses: Mutex::default(),
             tasks: OnceLock::new(),
-            copies: Arc::default(),
+            copies: Arc::new(CopyManager::new(ports)),
         }
     }
 
@@ -87,6 +91,20 @@ impl Target {
     pub fn abort_tasks(&self, ports: &[Port], disk: &Lun) -> Option<Receiver<()>> {
         let tasks = self.tasks.get()?.upgrade()?;
         Some(tasks.abort(ports, disk.index()))
+    }
+
+    /// Before a disk gets other contents as a whole, and once it lets nobody in: the commands under way at its medium and
+    /// the copies from and to it have ended when this returns, and tokens for its data stand for nothing, so that nothing
+    /// of before is within reach or still to be written (SBC-4 4.11.2). Waits for the host.
+    pub fn clear(&self, disk: &Lun) {
+        self.copies.rods().revoke(|rod| rod.is_of(disk));
+        let (waiter, _) = copy::waiter();
+        self.copies.end(|copy| copy.concerns(disk), &waiter);
+        if let Some(tasks) = self.tasks.get().and_then(Weak::upgrade) {
+            let _ = tasks.clear(disk.index()).recv();
+        }
+        // Once more: one of the commands may have begun a copy before it ended.
+        self.copies.end_and_wait(|copy| copy.concerns(disk));
     }
 
     /// Copies between the disks.
@@ -110,6 +128,15 @@ impl Target {
         nexus
     }
 
+    /// What an initiator has started goes on no longer than it does: its copies have ended when this returns, nothing is
+    /// known of them any more, and its tokens stand for nothing. For when none of its commands is under way. Waits for the
+    /// host.
+    pub fn end_nexus(&self, nexus: &Nexus) {
+        self.copies.end_and_wait(|copy| copy.is_of(nexus));
+        self.copies.forget_all(|copy| copy.is_of(nexus));
+        self.copies.rods().revoke(|rod| rod.is_by(nexus.port()));
+    }
+
     /// The initiator behind a port has gone.
     pub fn disconnected(&self, port: Port) {
         self.disks.iter().for_each(|disk| disk.reservations().nexus_lost(port));
@@ -128,6 +155,14 @@ impl Target {
             disk.reservations().nexus_lost(nexus.port());
             nexus.attentions(disk.index()).reset(UnitAttention::PowerOnOrReset);
         }
+    }
+
+    /// The effect of I_T NEXUS RESET on a disk, once the commands and copies of that initiator have ended.
+    pub fn reset_nexus(&self, nexus: &Nexus, disk: &Lun) {
+        disk.reservations().nexus_lost(nexus.port());
+        self.copies.forget_all(|copy| copy.is_of(nexus) && copy.was_asked_of(disk));
+        self.copies.rods().revoke(|rod| rod.is_by(nexus.port()) && rod.is_of(disk));
+        nexus.attentions(disk.index()).raise(UnitAttention::NexusLoss);
     }
 
     /// Tells every initiator but `except` about a condition of one disk.
@@ -150,10 +185,10 @@ impl Target {
         }
     }
 
-    /// The effect of LOGICAL UNIT RESET on a disk, once its commands have ended.
+    /// The effect of LOGICAL UNIT RESET on a disk, once its commands and copies have ended.
     pub fn reset(&self, disk: &Lun) {
         disk.reset();
-        self.copies.reset(disk);
+        self.copies.forget_all(|copy| copy.was_asked_of(disk));
         let all = self.nexuses.lock().unwrap_or_else(PoisonError::into_inner);
         for nexus in all.iter().filter_map(Weak::upgrade) {
             nexus.attentions(disk.index()).reset(UnitAttention::PowerOnOrReset);

@@ -4,13 +4,17 @@
 //! has not, each is looked at alone: only what it would write into holes counts, so that a full disk can
 //! still be overwritten. Space of the file system's own for the file (its tree of extents) counts where
 //! the host counts it as the file's.
+//!
+//! A snapshot counts from the start with all that it holds, though it takes nothing as long as it shares that with the
+//! file: what is overwritten in the file is the snapshot's alone from then on, and nobody has to ask then. Where the host
+//! keeps extents as a whole, that is up to all that the file has.
 
 use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
-use super::copy::Method;
+use super::copy::{CopyError, Method, Side};
 use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Pool, RingFile,
     Snapshot, Space, Store, StoreError,
@@ -28,6 +32,8 @@ pub struct Budget<S> {
     limit: u64,
     /// Bytes that requests under way may take.
     promised: AtomicU64,
+    /// Bytes that snapshots hold.
+    kept: Arc<AtomicU64>,
     /// Held shared by requests that surely fit, alone by one that has to be looked at.
     gate: RwLock<()>,
 }
@@ -35,11 +41,52 @@ pub struct Budget<S> {
 impl<S: Store> Budget<S> {
     /// Limits `store` to `limit` bytes of space. What it takes already is not taken from it.
     pub fn new(store: S, limit: u64) -> Self {
-        Budget { store, limit, promised: AtomicU64::new(0), gate: RwLock::new(()) }
+        let (promised, kept) = (AtomicU64::new(0), Arc::default());
+        Budget { store, limit, promised, kept, gate: RwLock::new(()) }
     }
 
     fn used(&self) -> Result<u64, StoreError> {
-        Ok(self.store.space()?.map_or(0, |space| space.used))
+        let own = self.store.space()?.map_or(0, |space| space.used);
+        Ok(own.saturating_add(self.kept.load(Ordering::Acquire)))
+    }
+
+    /// Takes so many bytes for a snapshot, if the budget has room for them.
+    fn charge(&self, bytes: u64) -> Result<Option<Charge>, StoreError> {
+        let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+        if self.used()?.saturating_add(bytes) > self.limit {
+            return Ok(None);
+        }
+        self.kept.fetch_add(bytes, Ordering::AcqRel);
+        Ok(Some(Charge { kept: Arc::clone(&self.kept), bytes }))
+    }
+
+    /// Bytes that a snapshot of ranges can come to take: what they have space for, in whole blocks of the host. `None` if it
+    /// is not to go on.
+    fn held(
+        &self,
+        ranges: &[Range<u64>],
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Option<u64>, StoreError> {
+        if self.store.capabilities().shares_whole_extents {
+            return Ok(self.store.space()?.map(|space| space.used));
+        }
+        let mut held = 0u64;
+        for range in ranges {
+            let blocks = self.whole_blocks(range);
+            let mut at = blocks.start;
+            while at < blocks.end {
+                if !go_on(0) {
+                    return Ok(None);
+                }
+                for extent in self.store.extents(at..blocks.end, EXTENTS)? {
+                    at = extent.range.end;
+                    if extent.kind != Kind::Hole {
+                        held = held.saturating_add(extent.range.end - extent.range.start);
+                    }
+                }
+            }
+        }
+        Ok(Some(held))
     }
 
     /// Runs `change`, which may take space for all of `range`, if the budget has room for it.
@@ -92,6 +139,19 @@ impl<S: Store> Budget<S> {
     fn whole_blocks(&self, range: &Range<u64>) -> Range<u64> {
         let block = u64::from(self.store.capabilities().host_block.max(1));
         range.start - range.start % block..range.end.next_multiple_of(block)
+    }
+}
+
+/// What a snapshot takes of a budget, until it has gone.
+#[derive(Debug)]
+pub struct Charge {
+    kept: Arc<AtomicU64>,
+    bytes: u64,
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.kept.fetch_sub(self.bytes, Ordering::AcqRel);
     }
 }
 
@@ -184,16 +244,35 @@ impl<S: Store> Store for Budget<S> {
         self.spend(&range, || self.store.take(from, source, at, len, how))
     }
 
-    fn snapshot(&self, ranges: &[Range<u64>]) -> Result<Option<Snapshot>, StoreError> {
-        self.store.snapshot(ranges)
+    fn snapshot(
+        &self,
+        ranges: &[Range<u64>],
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Option<Snapshot>, CopyError> {
+        let source = |error| CopyError { side: Side::Source, error, done: 0 };
+        let cancelled =
+            Err(CopyError { side: Side::Destination, error: Cause::Cancelled.into(), done: 0 });
+        let Some(held) = self.held(ranges, go_on).map_err(source)? else { return cancelled };
+        let Some(mut charge) = self.charge(held).map_err(source)? else { return Ok(None) };
+        let Some(mut snapshot) = self.store.snapshot(ranges, go_on)? else { return Ok(None) };
+        // What was written to the ranges since they were looked at is in it, too.
+        let space = snapshot.store.space().map_err(source)?;
+        let more = space.map_or(0, |space| space.used).saturating_sub(held);
+        if more > 0 {
+            let Some(mut added) = self.charge(more).map_err(source)? else { return Ok(None) };
+            charge.bytes += std::mem::take(&mut added.bytes);
+        }
+        snapshot.charge = Some(charge);
+        Ok(Some(snapshot))
     }
 
     /// What is left of the budget, or of the file system if that is less.
     fn space(&self) -> Result<Option<Space>, StoreError> {
+        let kept = self.kept.load(Ordering::Acquire);
         let space = self.store.space()?;
-        Ok(space.map(|space| Space {
-            available: space.available.min(self.limit.saturating_sub(space.used)),
-            used: space.used,
+        Ok(space.map(|space| {
+            let used = space.used.saturating_add(kept);
+            Space { available: space.available.min(self.limit.saturating_sub(used)), used }
         }))
     }
 

@@ -282,7 +282,8 @@ impl<'a> Copy<'a> {
         block(self.from).max(block(self.to))
     }
 
-    /// `None` if these two files do not have the method.
+    /// `None` if these two files do not have the method, or it failed and cannot tell which of them it is about: reading
+    /// and writing can.
     fn take(
         &self,
         _held: &Both<'_>,
@@ -293,7 +294,10 @@ impl<'a> Copy<'a> {
     ) -> Result<Option<u64>, Failure> {
         let Some(file) = self.from.file() else { return Ok(None) };
         let taken = self.to.behind().unwrap_or(self.to).take(file, from, to, len, how);
-        taken.map_err(|error| (Side::Destination, error))
+        match taken {
+            Err(StoreError { cause: Cause::Medium, .. }) => Ok(None),
+            other => other.map_err(|error| (Side::Destination, error)),
+        }
     }
 
     fn buffer(&mut self) -> Result<Buffer, Failure> {
@@ -405,9 +409,11 @@ fn aligned_window(store: &dyn Store, start: u64, len: usize) -> Range<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
-    use crate::store::Buffers;
     use crate::store::mem::MemStore;
+    use crate::store::{Buffers, Capabilities, Extent, Notes, Pool, Space};
 
     const SIZE: u64 = 4 << 20;
 
@@ -422,6 +428,120 @@ mod tests {
         let all = Buffers::zeroed(SIZE as usize).unwrap();
         store.read(0, &all).unwrap();
         all.to_vec(SIZE as usize)
+    }
+
+    /// A disk on a host where the kernel's own copies of a range fail, and say no more than that.
+    struct Mute {
+        store: MemStore,
+        file: File,
+        unreadable: Range<u64>,
+        unwritable: Range<u64>,
+    }
+
+    impl Mute {
+        fn new(unreadable: Range<u64>, unwritable: Range<u64>) -> Self {
+            let file = File::open("/dev/null").unwrap();
+            Mute { store: filled(), file, unreadable, unwritable }
+        }
+    }
+
+    fn meets(range: &Range<u64>, offset: u64, len: usize) -> Result<(), StoreError> {
+        let meets = offset < range.end && range.start < offset + len as u64;
+        if meets { Err(StoreError::at(Cause::Medium, offset.max(range.start))) } else { Ok(()) }
+    }
+
+    impl Store for Mute {
+        fn capabilities(&self) -> &Capabilities {
+            self.store.capabilities()
+        }
+
+        fn size(&self) -> Result<u64, StoreError> {
+            self.store.size()
+        }
+
+        fn read(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
+            meets(&self.unreadable, offset, into.len())?;
+            self.store.read(offset, into)
+        }
+
+        fn read_medium(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
+            self.read(offset, into)
+        }
+
+        fn write(&self, offset: u64, from: &Buffers, how: Durability) -> Result<(), StoreError> {
+            meets(&self.unwritable, offset, from.len())?;
+            self.store.write(offset, from, how)
+        }
+
+        fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+            self.write(offset, from, Durability::Stable)
+        }
+
+        fn flush(&self) -> Result<(), StoreError> {
+            self.store.flush()
+        }
+
+        fn prefetch(&self, offset: u64, len: u64) -> Result<(), StoreError> {
+            self.store.prefetch(offset, len)
+        }
+
+        fn extents(&self, range: Range<u64>, limit: usize) -> Result<Vec<Extent>, StoreError> {
+            self.store.extents(range, limit)
+        }
+
+        fn deallocate(&self, range: Range<u64>) -> Result<(), StoreError> {
+            self.store.deallocate(range)
+        }
+
+        fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
+            self.store.reserve(range)
+        }
+
+        fn file(&self) -> Option<&File> {
+            Some(&self.file)
+        }
+
+        fn take(
+            &self,
+            _: &File,
+            _: u64,
+            at: u64,
+            _: u64,
+            _: Method,
+        ) -> Result<Option<u64>, StoreError> {
+            Err(StoreError::at(Cause::Medium, at))
+        }
+
+        fn space(&self) -> Result<Option<Space>, StoreError> {
+            self.store.space()
+        }
+
+        fn notes(&self) -> &Notes {
+            self.store.notes()
+        }
+
+        fn pool(&self) -> &Pool {
+            self.store.pool()
+        }
+    }
+
+    #[test]
+    fn it_is_the_side_that_fails_which_is_named() {
+        let bad = 2 << 20..(2 << 20) + 512;
+        for (unreadable, unwritable, side) in [
+            (bad.clone(), 0..0, Some(Side::Source)),
+            (0..0, bad.clone(), Some(Side::Destination)),
+            // The kernel's own way fails, and it was neither.
+            (0..0, 0..0, None),
+        ] {
+            let (from, to) = (Mute::new(unreadable, 0..0), Mute::new(0..0, unwritable));
+            to.store.deallocate(0..SIZE).unwrap();
+            let copied = Copy::new(&from, &to, Holes::Stay, &mut |_| true).run(0..SIZE, 0);
+            let error = copied.err().map(|e| (e.side, e.error));
+            assert_eq!(error, side.map(|side| (side, StoreError::at(Cause::Medium, bad.start))));
+            let done = copied.map_or_else(|error| error.done as usize, |()| SIZE as usize);
+            assert!(bytes(&to)[..done] == bytes(&from.store)[..done]);
+        }
     }
 
     #[test]

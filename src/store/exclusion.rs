@@ -16,7 +16,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
-use super::copy::Method;
+use super::copy::{CopyError, Method};
 use super::{
     Buffers, Capabilities, Durability, Extent, Kind, Notes, Operation, Pool, RingFile, Snapshot,
     Space, Store, StoreError,
@@ -449,8 +449,12 @@ impl Store for Exclusion {
         })
     }
 
-    fn snapshot(&self, ranges: &[Range<u64>]) -> Result<Option<Snapshot>, StoreError> {
-        self.shared(ranges, || self.store.snapshot(ranges))
+    fn snapshot(
+        &self,
+        ranges: &[Range<u64>],
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Option<Snapshot>, CopyError> {
+        self.shared(ranges, || self.store.snapshot(ranges, go_on))
     }
 
     fn space(&self) -> Result<Option<Space>, StoreError> {

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::copy::Method;
+use super::copy::{CopyError, Method, Side};
 use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Pool, RingFile,
     Snapshot, Space, Store, StoreError,
@@ -177,6 +177,18 @@ fn bytes(offset: u64, list: &Buffers) -> Range<u64> {
     offset..offset.saturating_add(list.len() as u64)
 }
 
+/// Where the byte is that comes after so many bytes of ranges.
+fn place(ranges: &[Range<u64>], mut done: u64) -> u64 {
+    for range in ranges {
+        let len = range.end - range.start;
+        if done < len {
+            return range.start + done;
+        }
+        done -= len;
+    }
+    0
+}
+
 impl<S: Store> Store for Faults<S> {
     fn capabilities(&self) -> &Capabilities {
         self.store.capabilities()
@@ -275,8 +287,25 @@ impl<S: Store> Store for Faults<S> {
         self.store.take(from, source, at, end.map_or(len, |end| end - at), how)
     }
 
-    fn snapshot(&self, ranges: &[Range<u64>]) -> Result<Option<Snapshot>, StoreError> {
-        self.store.snapshot(ranges)
+    /// The steps of a snapshot are copies of what is in the ranges.
+    fn snapshot(
+        &self,
+        ranges: &[Range<u64>],
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Option<Snapshot>, CopyError> {
+        let mut failed = None;
+        let mut step = |done: u64| {
+            let at = place(ranges, done);
+            match self.strike(Target::Copy, &(at..at.saturating_add(1))) {
+                Ok(_) => go_on(done),
+                Err(error) => {
+                    failed = Some(CopyError { side: Side::Source, error, done });
+                    false
+                }
+            }
+        };
+        let made = self.store.snapshot(ranges, &mut step);
+        failed.map_or(made, Err)
     }
 
     fn space(&self) -> Result<Option<Space>, StoreError> {

@@ -13,7 +13,7 @@ use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, copy_file_range, fcntl, po
 
 use super::at_once::AtOnce;
 use super::beside::Directory;
-use super::copy::{Holes, Method};
+use super::copy::{self, CopyError, Holes, Method, Side};
 use super::extents::{self, Knowledge};
 use super::journal::{self, Journal};
 use super::lock::{LockError, lock_image_soon};
@@ -249,6 +249,7 @@ impl FileStore {
             whole_writes: 0,
             // Nothing is made beside a disk that is only read.
             snapshots: shares && !options.read_only,
+            shares_whole_extents: sys::shares_whole_extents(&file),
             transfer_align,
             in_memory: !options.direct && sys::is_in_memory(&file),
             device: device(&file, block_device).map_err(|e| plain(&e))?,
@@ -313,7 +314,8 @@ impl FileStore {
         &self,
         directory: &Arc<Directory>,
         ranges: &[Range<u64>],
-    ) -> Result<Snapshot, StoreError> {
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Snapshot, CopyError> {
         let block = u64::from(self.capabilities.host_block);
         let mut starts = Vec::new();
         let mut end = 0u64;
@@ -322,16 +324,24 @@ impl FileStore {
             let blocks = range.end.next_multiple_of(block) - (range.start - range.start % block);
             end = end.saturating_add(blocks);
         }
-        let host = |e: io::Error| StoreError::from(Cause::from(&e));
+        // A place in the unnamed file says nothing to anybody.
+        let own =
+            |cause: Cause, done| CopyError { side: Side::Destination, error: cause.into(), done };
+        let host = |e: io::Error| own(Cause::from(&e), 0);
         let file = directory.unnamed_file().map_err(host)?;
         file.set_len(end).map_err(host)?;
         let store = self.over_snapshot(file);
+        let mut done = 0;
         for (range, start) in ranges.iter().zip(&starts) {
-            let mut go_on = |_| true;
-            let mut copy = super::copy::Copy::new(self, &store, Holes::Stay, &mut go_on);
-            copy.run(range.clone(), *start).map_err(|error| error.error)?;
+            let mut step = |more| go_on(done + more);
+            let mut copy = copy::Copy::new(self, &store, Holes::Stay, &mut step);
+            copy.run(range.clone(), *start).map_err(|error| match error.side {
+                Side::Source => CopyError { done: done + error.done, ..error },
+                Side::Destination => own(error.error.cause, done + error.done),
+            })?;
+            done += range.end - range.start;
         }
-        Ok(Snapshot { store: Box::new(store), starts })
+        Ok(Snapshot { store: Box::new(store), starts, charge: None })
     }
 
     /// A store over an unnamed file beside this one.
@@ -616,10 +626,14 @@ impl Store for FileStore {
         }
     }
 
-    fn snapshot(&self, ranges: &[Range<u64>]) -> Result<Option<Snapshot>, StoreError> {
+    fn snapshot(
+        &self,
+        ranges: &[Range<u64>],
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Option<Snapshot>, CopyError> {
         let directory = self.directory.as_ref().filter(|_| self.capabilities.snapshots);
         let Some(directory) = directory else { return Ok(None) };
-        self.share(directory, ranges).map(Some)
+        self.share(directory, ranges, go_on).map(Some)
     }
 
     fn space(&self) -> Result<Option<Space>, StoreError> {

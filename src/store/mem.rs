@@ -34,6 +34,7 @@ impl MemStore {
             reserves: true,
             whole_writes: super::journal::MAX_BYTES,
             snapshots: false,
+            shares_whole_extents: false,
             transfer_align: 1,
             in_memory: true,
             device: u64::MAX,

@@ -155,8 +155,16 @@ pub trait Store: Send + Sync {
     }
 
     /// Ranges as they are now, whatever is written to them later, in a store of their own, and where
-    /// in it each of them begins. `None` where that would take time and space.
-    fn snapshot(&self, _ranges: &[Range<u64>]) -> Result<Option<Snapshot>, StoreError> {
+    /// in it each of them begins. `None` where that would take time and space. Before each step `go_on` is asked with the
+    /// bytes of the ranges that are done; false ends it.
+    ///
+    /// # Errors
+    /// What went wrong, on which side, and how far it came. A place is one in this store, where there is one.
+    fn snapshot(
+        &self,
+        _ranges: &[Range<u64>],
+        _go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Option<Snapshot>, copy::CopyError> {
         Ok(None)
     }
 
@@ -187,6 +195,8 @@ pub struct Snapshot {
     pub store: Box<dyn Store>,
     /// Where in the store each range begins.
     pub starts: Vec<u64>,
+    /// What it takes of a budget, given back after the bytes have gone.
+    pub charge: Option<budget::Charge>,
 }
 
 /// Space on the host, in bytes.
@@ -222,6 +232,8 @@ pub struct Capabilities {
     pub whole_writes: usize,
     /// [`Store::snapshot`] works.
     pub snapshots: bool,
+    /// A snapshot of a part of an extent keeps all of it.
+    pub shares_whole_extents: bool,
     /// Offsets and lengths of transfers must be multiples of this (1 without O_DIRECT).
     pub transfer_align: u32,
     /// Everything is in memory: nothing that is done at once waits for anything.

@@ -188,6 +188,13 @@ pub(super) fn is_in_memory(file: &File) -> bool {
     host.is_ok_and(|host| host.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC)
 }
 
+/// Whether who shares a part of an extent with `file` keeps all of that extent on the host: of those that share, XFS alone
+/// counts the users of each block.
+pub(super) fn shares_whole_extents(file: &File) -> bool {
+    let host = nix::sys::statfs::fstatfs(file);
+    host.is_ok_and(|host| host.filesystem_type() != nix::sys::statfs::XFS_SUPER_MAGIC)
+}
+
 /// Bytes that `file` takes on its file system.
 pub(super) fn used(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks().saturating_mul(512))

@@ -140,9 +140,9 @@ impl Connection {
         Arc::clone(&self.queues)
     }
 
-    /// Stops every ring and waits until nothing is in flight. The driver is gone or starts anew, so that
-    /// copies and the like need not be finished; or, if they are to be left, the front end comes back and has them
-    /// done by whoever serves it then.
+    /// Stops every ring and waits until nothing is in flight, and nothing goes on that the initiator has started. The
+    /// driver is gone or starts anew, so that copies and the like need not be finished; or, if they are to be left, the
+    /// front end comes back and has them done by whoever serves it then.
     pub(super) fn stop_all(&mut self, leave: bool) {
         for ring in &self.rings {
             if let Some(worker) = &ring.worker {
@@ -152,6 +152,7 @@ impl Connection {
         for index in 0..self.rings.len() {
             self.stop(index);
         }
+        self.device.target.end_nexus(&self.nexus);
     }
 
     fn ring(&mut self, index: impl TryInto<usize>) -> Result<(usize, &mut RingState)> {
@@ -483,6 +484,10 @@ impl VhostUserBackendReqHandlerMut for Connection {
         let (_, ring) = self.ring(index)?;
         let base = ring.base.unwrap_or(0);
         *ring = RingState { enabled: ring.enabled, ..RingState::default() };
+        if self.rings.iter().skip(FIXED_QUEUES).all(|ring| ring.worker.is_none()) {
+            // The guest is stopped, or goes on elsewhere.
+            self.device.target.end_nexus(&self.nexus);
+        }
         Ok(VhostUserVringState::new(index, base.into()))
     }
 

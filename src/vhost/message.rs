@@ -250,6 +250,8 @@ pub(super) struct Sweep {
     disks: Vec<usize>,
     tag: Option<u64>,
     ends_with: Option<Ended>,
+    /// It is about what is under way at the medium, which is to be over, and nothing else.
+    clears: bool,
     any: AtomicBool,
     report: Report,
 }
@@ -274,7 +276,19 @@ impl Sweep {
         ends_with: Option<Ended>,
         report: Report,
     ) -> Self {
-        Sweep { owner, disks, tag, ends_with, any: AtomicBool::new(false), report }
+        Sweep { owner, disks, tag, ends_with, clears: false, any: AtomicBool::new(false), report }
+    }
+
+    /// A sweep for what is under way at the medium of a disk that lets nobody in any more.
+    pub(super) fn clearing(disk: usize, report: Report) -> Self {
+        let mut sweep = Sweep::new(None, vec![disk], None, None, report);
+        sweep.clears = true;
+        sweep
+    }
+
+    /// Whether it is one of those.
+    pub(super) fn clears(&self) -> bool {
+        self.clears
     }
 
     /// The same for commands that have not begun, without anybody who waits for it.

@@ -84,6 +84,13 @@ impl Tasks for Connections {
         }
         ended
     }
+
+    fn clear(&self, disk: usize) -> Receiver<()> {
+        let (end, ended) = mpsc::channel();
+        let sweep = Arc::new(Sweep::clearing(disk, Report::Caller { _end: end }));
+        self.all().iter().for_each(|(_, queues)| queues.sweep_running(&sweep));
+        ended
+    }
 }
 
 /// The device that front ends connect to: several at a time, each by a port of its own.

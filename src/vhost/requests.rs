@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 
 use nix::sys::eventfd::EventFd;
 use zerocopy::IntoBytes;
@@ -13,8 +14,9 @@ use super::order::{Attribute, Order};
 use super::ring::Ring;
 use super::wire::{CommandResponse, Ended, Response};
 use super::worker::{Abandoned, CallResult, HostCall, Service, Step};
+use crate::scsi::background::Tolerance;
 use crate::scsi::{
-    self, Cdb, Delivery, Lun, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer,
+    self, Cdb, Delivery, Lun, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer, Work,
 };
 use crate::store::engine::uring::UringEngine;
 use crate::store::engine::{Completion, Engine, EngineKind, Finished, Token};
@@ -51,6 +53,10 @@ struct Task {
     disk: usize,
     /// `None` for a job.
     transfer: Option<Transfer>,
+    /// It is about what the medium holds.
+    at_medium: bool,
+    /// Told when it has been answered as it ended.
+    begin: Option<Sender<()>>,
     /// How it ends if a task management function ended it.
     ended: Option<Ended>,
     /// Task management functions that wait for its end.
@@ -85,6 +91,19 @@ struct Calling {
     transfer: Transfer,
 }
 
+impl Task {
+    /// A command whose transfer is under way.
+    fn transfer(received: Received, disk: usize, transfer: Transfer) -> Self {
+        Task { transfer: Some(transfer), ..Self::job(received, disk, true, None) }
+    }
+
+    /// A command whose job is under way.
+    fn job(received: Received, disk: usize, at_medium: bool, begin: Option<Sender<()>>) -> Self {
+        let (transfer, ended, sweeps) = (None, None, Vec::new());
+        Task { received, disk, transfer, at_medium, begin, ended, sweeps }
+    }
+}
+
 /// How a command began.
 enum Begun {
     /// It has been answered.
@@ -104,17 +123,16 @@ struct Flights {
 
 impl Flights {
     /// A place for a command.
-    fn put(&mut self, disk: usize, transfer: Option<Transfer>, received: Received) -> u32 {
-        let task = Some(Task { received, disk, transfer, ended: None, sweeps: Vec::new() });
+    fn put(&mut self, task: Task) -> u32 {
         match self.free.pop() {
             Some(slot) => {
                 if let Some(place) = self.tasks.get_mut(slot as usize) {
-                    *place = task;
+                    *place = Some(task);
                 }
                 slot
             }
             None => {
-                self.tasks.push(task);
+                self.tasks.push(Some(task));
                 // At most a queue size of tasks, checked before each is taken.
                 u32::try_from(self.tasks.len() - 1).unwrap_or(u32::MAX)
             }
@@ -220,12 +238,12 @@ impl RequestQueue {
                     received.answer(ring, None, &transfer.finish(lun, result));
                     return Begun::Answered;
                 }
-                let slot = flights.put(disk, Some(transfer), received);
+                let slot = flights.put(Task::transfer(received, disk, transfer));
                 flights.engine.submit(Token(slot), disk, lun.store(), operation);
                 return Begun::InFlight(slot);
             }
-            (Plan::Job(job), Some(lun)) => {
-                let slot = flights.put(lun.index(), None, received);
+            (Plan::Job(Work { job, at_medium, begin }), Some(lun)) => {
+                let slot = flights.put(Task::job(received, lun.index(), at_medium, begin));
                 flights.engine.spawn(Token(slot), lun.store(), job);
                 return Begun::InFlight(slot);
             }
@@ -303,7 +321,7 @@ impl RequestQueue {
         let slot = completion.token.0;
         let Some(task) = self.flights.take(slot) else { return };
         let Some(lun) = self.target.disks().get(task.disk) else { return };
-        let outcome = match (completion.result, task.transfer) {
+        let mut outcome = match (completion.result, task.transfer) {
             (Finished::Operation(result), Some(transfer)) => transfer.finish(lun, result),
             (Finished::Job(outcome), _) => outcome,
             (Finished::Withdrawn, Some(transfer)) => {
@@ -314,8 +332,16 @@ impl RequestQueue {
             (Finished::Operation(_), None) => lun.failed(ScsiError::Busy),
         };
         let ended_early = task.ended.is_none() && outcome.delivery == Delivery::Aborted;
+        if ended_early && task.sweeps.iter().any(|sweep| sweep.clears()) {
+            // As if it came now.
+            let refused = lun.background().check(Tolerance::Never);
+            outcome = refused.map_or_else(|error| lun.failed(error), |()| outcome);
+        }
         if !(self.leaves && ended_early) {
             task.received.answer(ring, task.ended, &outcome);
+            if let (Some(begin), None) = (&task.begin, task.ended) {
+                let _ = begin.send(());
+            }
         }
         if !task.sweeps.is_empty() {
             // The driver sees what has ended before it sees the end of the function.
@@ -366,6 +392,17 @@ impl RequestQueue {
             sweep.found();
             if let Some(how) = sweep.ends_with() {
                 self.end_waiting(ring, disk, how, selected);
+            }
+        }
+    }
+
+    /// Ends early what is under way at the medium, as far as it can be. What has not begun is kept out when it begins.
+    fn clear(&mut self, sweep: &Arc<Sweep>) {
+        for (slot, place) in (0u32..).zip(self.flights.tasks.iter_mut()) {
+            let Some(task) = place.as_mut() else { continue };
+            if task.at_medium && sweep.selects(task.disk, task.received.tag) {
+                task.sweeps.push(Arc::clone(sweep));
+                self.flights.engine.cancel(slot);
             }
         }
     }
@@ -429,7 +466,7 @@ impl Service for RequestQueue {
         match result {
             Some(result) => received.answer(ring, None, &transfer.finish(lun, result)),
             None => {
-                let slot = self.flights.put(disk, Some(transfer), received);
+                let slot = self.flights.put(Task::transfer(received, disk, transfer));
                 self.flights.engine.submit(Token(slot), disk, lun.store(), operation);
             }
         }
@@ -448,7 +485,7 @@ impl Service for RequestQueue {
             );
         }
         let Calling { received, disk, transfer } = calling;
-        let slot = self.flights.put(disk, Some(transfer), received);
+        let slot = self.flights.put(Task::transfer(received, disk, transfer));
         let rest = self.flights.engine.leave(Token(slot), lun.store());
         Box::new(move |operation, result| {
             if lun.host().is_back() {
@@ -487,6 +524,9 @@ impl Service for RequestQueue {
     }
 
     fn sweep(&mut self, ring: &mut Ring, sweep: &Arc<Sweep>, take: bool) {
+        if sweep.clears() {
+            return self.clear(sweep);
+        }
         // What the driver handed over before the function counts as received before it. A ring's worth: a driver that
         // adds more meanwhile adds it after the function.
         if take && ring.is_away() {

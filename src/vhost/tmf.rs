@@ -5,6 +5,10 @@
 //! and each of them holds the sweep until it has ended. When the last one lets go, the function is
 //! answered. So a function never answers before what it ended is over, and never waits for anything
 //! else.
+//!
+//! Copies that go on when their commands have been answered are no part of a task set: the functions about tasks leave
+//! them alone (there is COPY OPERATION ABORT), resets end them. A reset looks for them again when its commands have ended,
+//! as some of those may have begun one meanwhile.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,8 +25,8 @@ use super::wire::{
     T_TMF, TaskManagement,
 };
 use super::worker::{Service, Step};
-use crate::scsi::copy::Waiter;
-use crate::scsi::{Addressed, Lun, Nexus, Target, UnitAttention};
+use crate::scsi::copy::{Operation, Waiter};
+use crate::scsi::{Addressed, Lun, Nexus, Target};
 use crate::store::Buffers;
 
 /// VIRTIO_SCSI_T_TMF_*.
@@ -76,6 +80,8 @@ struct Pending {
     function: Function,
     disks: Vec<Arc<Lun>>,
     found: Arc<AtomicBool>,
+    /// Its commands have ended, and it waits for copies at the most.
+    swept: bool,
 }
 
 /// Serves the control queue.
@@ -163,7 +169,7 @@ impl ControlQueue {
         };
         let tag = function.is_about_one_task().then_some(request.tag.get());
         let found = Arc::new(AtomicBool::new(false));
-        let pending = Pending { head, room, function, disks, found };
+        let pending = Pending { head, room, function, disks, found, swept: false };
         self.start(pending, tag);
     }
 
@@ -198,16 +204,43 @@ impl ControlQueue {
         // of its own (TST 001b).
         if pending.function == Function::LogicalUnitReset {
             self.connections.sweep_for_reset(&self.queues, &sweep);
-            let waiter: Waiter = Arc::<Sweep>::clone(&sweep);
-            pending.disks.iter().for_each(|disk| self.target.copies().end_all(disk, &waiter));
         }
+        let waiter: Waiter = Arc::<Sweep>::clone(&sweep);
+        self.end_copies(&pending, &waiter);
         self.queues.sweep(&sweep);
         self.pending.insert(id, pending);
     }
 
-    /// A sweep is over: the function takes effect and is answered.
+    /// Has the copies end that a reset is about; says whether there are any.
+    fn end_copies(&self, pending: &Pending, waiter: &Waiter) -> bool {
+        let (copies, disks) = (self.target.copies(), &pending.disks);
+        match pending.function {
+            Function::LogicalUnitReset => {
+                copies.end(|copy| disks.iter().any(|disk| copy.concerns(disk)), waiter)
+            }
+            Function::ItNexusReset => {
+                let of_these = |copy: &Operation| disks.iter().any(|disk| copy.was_asked_of(disk));
+                copies.end(|copy| copy.is_of(&self.nexus) && of_these(copy), waiter)
+            }
+            Function::AbortTask
+            | Function::AbortTaskSet
+            | Function::ClearTaskSet
+            | Function::QueryTask
+            | Function::QueryTaskSet => false,
+        }
+    }
+
+    /// A sweep is over, and then what it has left to wait for: the function takes effect and is answered.
     fn finish(&mut self, ring: &mut Ring, id: u64) {
-        let Some(pending) = self.pending.remove(&id) else { return };
+        let Some(mut pending) = self.pending.remove(&id) else { return };
+        if !std::mem::replace(&mut pending.swept, true) {
+            let report = Report::Queue { to: self.mailbox.clone(), id, found: Arc::default() };
+            let waiter: Waiter = Arc::new(Sweep::new(None, Vec::new(), None, None, report));
+            if self.end_copies(&pending, &waiter) {
+                self.pending.insert(id, pending);
+                return;
+            }
+        }
         let found = pending.found.load(Ordering::Acquire);
         let response = match pending.function {
             Function::QueryTask | Function::QueryTaskSet if found => Response::FunctionSucceeded,
@@ -216,10 +249,7 @@ impl ControlQueue {
         for disk in &pending.disks {
             match pending.function {
                 Function::LogicalUnitReset => self.target.reset(disk),
-                Function::ItNexusReset => {
-                    disk.reservations().nexus_lost(self.nexus.port());
-                    self.nexus.attentions(disk.index()).raise(UnitAttention::NexusLoss);
-                }
+                Function::ItNexusReset => self.target.reset_nexus(&self.nexus, disk),
                 Function::AbortTask
                 | Function::AbortTaskSet
                 | Function::ClearTaskSet

@@ -78,7 +78,13 @@ impl Bench {
             Plan::Transfer(transfer, operation) => {
                 transfer.finish(&self.lun, operation.run(self.lun.store().as_ref()))
             }
-            Plan::Job(job) => job.run(self.lun.store().as_ref(), &Cancel::default()),
+            Plan::Job(work) => {
+                let outcome = work.job.run(self.lun.store().as_ref(), &Cancel::default());
+                if let Some(begin) = work.begin {
+                    let _ = begin.send(());
+                }
+                outcome
+            }
         };
         Answer { data: data_in.to_vec(outcome.transferred), outcome }
     }

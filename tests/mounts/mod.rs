@@ -51,6 +51,12 @@ impl Mount {
         self.directory.path().join("mnt")
     }
 
+    /// How many of these open files are on it and have no name.
+    pub fn unnamed(&self, open: &[String]) -> usize {
+        let top = format!("{}/", self.path().display());
+        open.iter().filter(|file| file.starts_with(&top) && file.ends_with(" (deleted)")).count()
+    }
+
     fn make(&self, mib: u64) -> Result<(), String> {
         let size = format!("size={mib}m");
         if self.kind == Kind::Tmpfs {

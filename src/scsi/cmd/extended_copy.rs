@@ -4,7 +4,8 @@
 //! Everything in the list is checked before any segment runs; what is wrong with a segment's disks or
 //! their blocks ends that segment.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, mpsc};
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
@@ -14,7 +15,7 @@ use crate::scsi::Target;
 use crate::scsi::copy::segment::{self, Cscd, Segment, What};
 use crate::scsi::copy::{Operation, Running, Start};
 use crate::scsi::lun::Lun;
-use crate::scsi::sense::{ScsiError, asc};
+use crate::scsi::sense::{Key, ScsiError, Sense, asc};
 use crate::scsi::wire::{Cdb, U16, U32, U64};
 use crate::store::Store;
 use crate::store::engine::{Cancel, Need};
@@ -225,7 +226,11 @@ fn extended_copy(
     let list = context.request.data_out.to_vec(len.min(most));
     let header = header(&list)?;
     let segments = parse(context.target, context.lun, &list, len, &header)?;
-    let copy = context.target.copies().begin(context.nexus, context.lun, &header.start)?;
+    let named = segments.iter().flat_map(|s| [&s.source, &s.destination]).flatten();
+    let others: BTreeSet<usize> = named.map(|lun| lun.index()).collect();
+    let others = others.into_iter().collect();
+    let copies = context.target.copies();
+    let copy = copies.begin(context.nexus, context.lun, others, &header.start)?;
     let work =
         move |operation: &Operation, cancel: &Cancel| segment::run(operation, &segments, cancel);
     Ok(run(copy, Arc::clone(context.lun), header.start.immediate, len, work))
@@ -240,19 +245,35 @@ pub(super) fn run(
     consumed: usize,
     work: impl FnOnce(&Operation, &Cancel) -> Result<(), ScsiError> + Send + 'static,
 ) -> Reply {
-    if immediate {
-        return Reply::Job(Box::new(move |_| {
-            let begun = lun.store().pool().run_apart(Box::new(move || {
+    if !immediate {
+        let job = move |cancel: &Cancel, _: &dyn Store| {
+            let done = copy.run(|operation| work(operation, cancel));
+            done.map(|()| consumed).map_err(|error| match error {
+                // It is not its command that was to end.
+                ScsiError::Aborted if !cancel.is_requested() => {
+                    ScsiError::Check(Sense::new(Key::CopyAborted, asc::IO_PROCESS_TERMINATED))
+                }
+                other => other,
+            })
+        };
+        return Reply::Needy(Need::Thread, Box::new(job));
+    }
+    let (begin, begins) = mpsc::channel();
+    let job = move |cancel: &Cancel| {
+        if cancel.is_requested() {
+            return Err(ScsiError::Aborted);
+        }
+        // Commands that abort it wait for it.
+        let made = lun.store().pool().run_apart(Box::new(move || {
+            // Not if a task management function ends the command: what it ended does nothing any more.
+            if begins.recv().is_ok() {
                 // What became of it is asked for by its list identifier.
                 let _ = copy.run(|operation| work(operation, &Cancel::default()));
-            }));
-            begun.map(|()| consumed).map_err(|_| ScsiError::Busy)
+            }
         }));
-    }
-    let job = move |cancel: &Cancel, _: &dyn Store| {
-        copy.run(|operation| work(operation, cancel)).map(|()| consumed)
+        made.map(|()| consumed).map_err(|_| ScsiError::Busy)
     };
-    Reply::Needy(Need::Thread, Box::new(job))
+    Reply::Begins(Box::new(job), begin)
 }
 
 /// The segments of a list of `len` bytes.
@@ -384,4 +405,73 @@ pub(super) fn abort(context: Context<'_>) -> Result<Reply, ScsiError> {
     let manager = Arc::clone(context.target.copies());
     let operation = manager.find(context.nexus, context.lun, list_id, 2)?;
     Ok(Reply::Job(Box::new(move |cancel| manager.abort(&operation, cancel).map(|()| 0))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scsi::copy::Status;
+    use crate::scsi::{Addressed, LunNumber, LunSettings, Plan, Port, Request, execute};
+    use crate::store::mem::MemStore;
+    use crate::store::{Buffers, Durability};
+
+    fn lun() -> Arc<Lun> {
+        let settings = LunSettings {
+            target: 0,
+            lun: LunNumber::MIN,
+            serial: "X".into(),
+            naa: vec![0x30; 8],
+            block_size: 512,
+            physical_block_size: 512,
+            rotational: false,
+            discard: true,
+            discard_granularity: 512,
+            detect_zeroes: Default::default(),
+            write_cache: true,
+        };
+        Arc::new(Lun::new(settings, 0, Arc::new(MemStore::new(1 << 20))).unwrap())
+    }
+
+    /// If a task management function ends the command first, nobody tells the copy to begin, and it never does.
+    #[test]
+    fn a_copy_in_the_background_begins_when_its_command_has_been_answered() {
+        for answered in [true, false] {
+            let lun = lun();
+            let target = Arc::new(Target::new(vec![Arc::clone(&lun)], 1));
+            let nexus = target.connect(Port(1));
+            let run = |cdb: Cdb, list: &[u8]| {
+                let (data_out, data_in) = (Buffers::copy_of(list).unwrap(), Buffers::default());
+                let request = Request { cdb, data_out, data_in, again: false };
+                execute(&target, &nexus, &Addressed::Disk(&lun), request)
+            };
+            // The unit attention.
+            let _ = run(Cdb::new(&[0; 6]), &[]);
+            let old = Buffers::copy_of(&[7; 4096]).unwrap();
+            lun.store().write(0, &old, Durability::Cached).unwrap();
+            // Eight blocks from block 0 of this disk to block 100, IMMED, list identifier 9.
+            let mut list = vec![0; 48];
+            (list[0], list[3], list[15], list[16], list[23], list[45]) = (1, 0x20, 1, 0xff, 9, 28);
+            list.extend([2, 0, 0, 24, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 8]);
+            list.extend([0u64, 100].map(u64::to_be_bytes).concat());
+            let mut cdb = [0x83, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+            cdb[13] = u8::try_from(list.len()).unwrap();
+            let Plan::Job(work) = run(Cdb::new(&cdb), &list) else { panic!("no job") };
+            let outcome = work.job.run(lun.store().as_ref(), &Cancel::default());
+            assert_eq!(outcome.status, crate::scsi::Status::Good, "{outcome:?}");
+            let copy = target.copies().find(&nexus, &lun, 9, 0).unwrap();
+            assert_eq!((copy.report().status, copy.report().bytes), (Status::Background, 0));
+            match answered {
+                true => work.begin.unwrap().send(()).unwrap(),
+                false => drop(work.begin),
+            }
+            while copy.report().status == Status::Background {
+                std::thread::yield_now();
+            }
+            let (status, byte) = if answered { (Status::Done, 7) } else { (Status::Terminated, 0) };
+            assert_eq!(copy.report().status, status);
+            let found = Buffers::zeroed(4096).unwrap();
+            lun.store().read(100 * 512, &found).unwrap();
+            assert_eq!(found.to_vec(4096), [byte; 4096]);
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! FORMAT UNIT (SBC-4 5.4): all blocks get their first contents again, and a thin disk is thin again.
 
+use std::sync::Arc;
+
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use super::{Context, Reply};
@@ -37,9 +39,10 @@ pub(super) fn format_unit(context: Context<'_>) -> Result<Reply, ScsiError> {
         0 => (default, false, 0),
         _ => parse(lun, cdb, &context.request.data_out, default)?,
     };
-    let lun = std::sync::Arc::clone(lun);
+    let (target, lun) = (Arc::clone(context.target), Arc::clone(lun));
     Ok(Reply::Job(Box::new(move |cancel| {
-        let started = background::start(&lun, Work::Format(fill))?;
+        let disk = Arc::clone(&lun);
+        let started = background::start(&lun, Work::Format(fill), move || target.clear(&disk))?;
         if !immediate {
             lun.background().wait(started, cancel)?;
         }

@@ -27,6 +27,7 @@ mod verify;
 mod vpd;
 mod write_same;
 
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, LazyLock};
 
 use super::attention::Nexus;
@@ -157,6 +158,9 @@ pub enum Reply {
     Job(JobFn),
     /// Blocking work that is begun when it can have what it needs.
     Needy(Need, NeedyFn),
+    /// Blocking work that prepares something which goes on when the command has been answered (IMMED). It is told when it
+    /// may; if the command is ended before that, nobody tells it, and it must not begin.
+    Begins(JobFn, Sender<()>),
 }
 
 /// Data that takes blocking work to make, to be cut off at the allocation length like any other.
@@ -264,6 +268,11 @@ impl Command {
         let bytes = self.usage.iter().enumerate();
         // The service action stands there itself.
         bytes.map(|(byte, used)| used & !self.absent(byte, lun) | action(byte)).collect()
+    }
+
+    /// Whether it is about what the medium holds, and has to be over before all of that changes.
+    pub fn is_at_medium(&self) -> bool {
+        self.access != Access::None && !self.mends
     }
 
     /// How it gets along with a format or sanitize operation.

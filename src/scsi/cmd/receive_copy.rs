@@ -11,9 +11,9 @@ use super::extended_copy::{
 };
 use super::token::{POPULATE_TOKEN, WRITE_USING_TOKEN};
 use super::{Context, Reply};
-use crate::scsi::copy::{MAX_COPIES, Operation, Status};
+use crate::scsi::copy::{Operation, Status};
 use crate::scsi::sense::ScsiError;
-use crate::scsi::wire::{Cdb, U16, U32, U64, bytes_of, len16, len32};
+use crate::scsi::wire::{Cdb, U16, U32, U64, bytes_of, len8, len16, len32};
 
 /// Granularity of segments: a byte can be copied.
 pub(super) const DATA_SEGMENT_GRANULARITY: u8 = 0;
@@ -124,7 +124,7 @@ struct OperatingParameters {
 
 /// RECEIVE COPY OPERATING PARAMETERS.
 pub(super) fn operating_parameters(context: Context<'_>) -> Result<Reply, ScsiError> {
-    let copies = u16::try_from(MAX_COPIES).unwrap_or(u16::MAX);
+    let copies = context.target.copies().max_copies();
     let bytes = available(bytes_of(&OperatingParameters {
         snlid: 1,
         reserved: [0; 3],
@@ -137,8 +137,8 @@ pub(super) fn operating_parameters(context: Context<'_>) -> Result<Reply, ScsiEr
         held_data_limit: U32::ZERO,
         max_stream_transfer: U32::ZERO,
         reserved2: U16::ZERO,
-        total_copies: U16::new(copies),
-        max_copies: u8::try_from(copies).unwrap_or(u8::MAX),
+        total_copies: len16(copies),
+        max_copies: len8(copies),
         segment_granularity: DATA_SEGMENT_GRANULARITY,
         inline_granularity: 0,
         held_data_granularity: 0,

@@ -8,6 +8,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{Context, Reply, wire};
 use crate::scsi::attention::Port;
+use crate::scsi::copy::{self, Operation};
 use crate::scsi::lun::Lun;
 use crate::scsi::reservations::{Change, Effects, State, Type};
 use crate::scsi::sense::ScsiError;
@@ -320,28 +321,66 @@ fn job(context: &Context<'_>, change: Change, abort: bool) -> Result<Reply, Scsi
                 return Err(ScsiError::Aborted);
             }
             let effects = lun.reservations().change(port, change, lun.store().notes())?;
-            wait(follow(&target, &lun, &effects, abort), cancel).map(|()| len)
+            let ending = follow(&target, &lun, effects, abort);
+            ending.map_or(Ok(()), |ending| ending.wait(cancel)).map(|()| len)
         })));
     };
-    let ended = follow(&target, &lun, &effects?, abort);
-    if ended.is_none() {
-        return Ok(Reply::Consumed(len));
+    match follow(&target, &lun, effects?, abort) {
+        None => Ok(Reply::Consumed(len)),
+        Some(ending) => Ok(Reply::Job(Box::new(move |cancel| ending.wait(cancel).map(|()| len)))),
     }
-    Ok(Reply::Job(Box::new(move |cancel| wait(ended, cancel).map(|()| len))))
 }
 
-/// Tells who has to know, and has the commands of those who were preempted end.
-fn follow(target: &Target, lun: &Lun, effects: &Effects, abort: bool) -> Option<Receiver<()>> {
+/// Tells who has to know, and has what those who were preempted have under way at the disk end.
+fn follow(
+    target: &Arc<Target>,
+    lun: &Arc<Lun>,
+    effects: Effects,
+    abort: bool,
+) -> Option<Preempted> {
     for (port, attention) in &effects.tell {
         target.tell(lun, *attention, *port);
     }
-    let any = abort && !effects.preempted.is_empty();
-    any.then(|| target.abort_tasks(&effects.preempted, lun)).flatten()
+    if !abort || effects.preempted.is_empty() {
+        return None;
+    }
+    let commands = target.abort_tasks(&effects.preempted, lun);
+    let (target, lun) = (Arc::clone(target), Arc::clone(lun));
+    let preempted = Preempted { target, lun, ports: effects.preempted, commands };
+    drop(preempted.end_copies());
+    Some(preempted)
 }
 
-/// The commands of those who were preempted end before PREEMPT AND ABORT does (SPC-5 5.14.11.2.6).
-fn wait(ended: Option<Receiver<()>>, cancel: &Cancel) -> Result<(), ScsiError> {
-    let Some(ended) = ended else { return Ok(()) };
+/// What those who were preempted have under way, which ends before PREEMPT AND ABORT does (SPC-5 5.14.11.2.6): their
+/// commands to the disk, and their copies from and to it, whichever disk was asked for them and whether or not the command
+/// has been answered.
+struct Preempted {
+    target: Arc<Target>,
+    lun: Arc<Lun>,
+    ports: Vec<Port>,
+    /// The commands; it hangs up after the last of them.
+    commands: Option<Receiver<()>>,
+}
+
+impl Preempted {
+    /// Has the copies end; hangs up after the last of them.
+    fn end_copies(&self) -> Receiver<()> {
+        let (waiter, ended) = copy::waiter();
+        let theirs = |copy: &Operation| self.ports.contains(&copy.port) && copy.concerns(&self.lun);
+        self.target.copies().end(theirs, &waiter);
+        ended
+    }
+
+    fn wait(self, cancel: &Cancel) -> Result<(), ScsiError> {
+        if let Some(commands) = &self.commands {
+            wait(commands, cancel)?;
+        }
+        // Once more: one of the commands may have begun a copy before it ended.
+        wait(&self.end_copies(), cancel)
+    }
+}
+
+fn wait(ended: &Receiver<()>, cancel: &Cancel) -> Result<(), ScsiError> {
     while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(LOOK) {
         if cancel.is_requested() {
             return Err(ScsiError::Aborted);

@@ -90,10 +90,11 @@ fn start(
 ) -> Result<Reply, ScsiError> {
     let flags = context.request.cdb.byte(1);
     let (immediate, unrestricted_exit) = (flags & IMMED != 0, flags & AUSE != 0);
-    let lun = Arc::clone(context.lun);
+    let (target, lun) = (Arc::clone(context.target), Arc::clone(context.lun));
+    let work = Work::Sanitize { fill, passes, invert, unrestricted_exit };
     Ok(Reply::Job(Box::new(move |cancel| {
-        let started =
-            background::start(&lun, Work::Sanitize { fill, passes, invert, unrestricted_exit })?;
+        let disk = Arc::clone(&lun);
+        let started = background::start(&lun, work, move || target.clear(&disk))?;
         if !immediate {
             lun.background().wait(started, cancel)?;
         }

@@ -7,19 +7,19 @@ use super::extended_copy::{
 use super::receive_copy::DATA_SEGMENT_GRANULARITY;
 use super::token::{MAX_RANGES, MAX_TRANSFER, OPTIMAL_TRANSFER};
 use super::{ServiceAction, TABLE};
-use crate::scsi::copy::MAX_COPIES;
 use crate::scsi::copy::rod::{
     ACCESS_UPON_REFERENCE, BLOCK_ZERO, DEFAULT_TIMEOUT, MAX_TIMEOUT, POINT_IN_TIME,
 };
 use crate::scsi::lun::Lun;
-use crate::scsi::wire::{len8, len16, len32};
+use crate::scsi::target::Target;
+use crate::scsi::wire::{U32, len8, len16, len32};
 
 /// Operation codes of third-party copy commands.
 const OUT: u8 = 0x83;
 const IN: u8 = 0x84;
 
 /// What stands behind the page's header.
-pub(super) fn page(lun: &Lun) -> Vec<u8> {
+pub(super) fn page(target: &Target, lun: &Lun) -> Vec<u8> {
     [
         descriptor(0x0000, rod_limits(lun)),
         descriptor(0x0001, supported_commands()),
@@ -28,7 +28,7 @@ pub(super) fn page(lun: &Lun) -> Vec<u8> {
         descriptor(0x000c, supported_cscd_ids()),
         descriptor(0x0106, token_features()),
         descriptor(0x0108, token_types(lun)),
-        descriptor(0x8001, general_operations()),
+        descriptor(0x8001, general_operations(target)),
     ]
     .concat()
 }
@@ -134,9 +134,9 @@ fn token_types(lun: &Lun) -> Vec<u8> {
     bytes
 }
 
-fn general_operations() -> Vec<u8> {
-    let mut bytes = len32(MAX_COPIES).to_bytes().to_vec();
-    bytes.extend(len32(MAX_COPIES).to_bytes());
+fn general_operations(target: &Target) -> Vec<u8> {
+    let copies = len32(target.copies().max_copies());
+    let mut bytes = [copies, copies].map(U32::to_bytes).concat();
     // MAXIMUM SEGMENT LENGTH: no limit but the descriptors' own.
     bytes.extend(u32::MAX.to_be_bytes());
     bytes.push(DATA_SEGMENT_GRANULARITY);

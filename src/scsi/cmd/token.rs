@@ -9,10 +9,10 @@ use super::capacity::geometry;
 use super::extended_copy::{IDENTIFICATION, run};
 use super::{Context, Reply};
 use crate::scsi::copy::rod::{
-    self, ACCESS_UPON_REFERENCE, BLOCK_ZERO, Creator, DEFAULT_TIMEOUT, MAX_TIMEOUT, POINT_IN_TIME,
-    POINT_IN_TIME_ANY, Rod, TOKEN_LEN, TokenBytes,
+    self, ACCESS_UPON_REFERENCE, BLOCK_ZERO, Creator, DEFAULT_TIMEOUT, Keep, MAX_TIMEOUT,
+    POINT_IN_TIME, POINT_IN_TIME_ANY, Rod, TOKEN_LEN, TokenBytes, Wanted,
 };
-use crate::scsi::copy::segment::why;
+use crate::scsi::copy::segment::Leave;
 use crate::scsi::copy::{CopyManager, Operation, Start, Status};
 use crate::scsi::fill::Fill;
 use crate::scsi::lun::{ByteRange, Lun};
@@ -145,10 +145,10 @@ pub(super) fn populate(context: Context<'_>) -> Result<Reply, ScsiError> {
         seconds => seconds,
     };
     let snapshots = lun.store().capabilities().snapshots;
-    let point_in_time = match header.rod_type.get() {
-        _ if header.flags & RTV == 0 => snapshots,
-        ACCESS_UPON_REFERENCE => false,
-        POINT_IN_TIME | POINT_IN_TIME_ANY if snapshots => true,
+    let keep = match header.rod_type.get() {
+        _ if header.flags & RTV == 0 => Keep::IfPossible,
+        ACCESS_UPON_REFERENCE => Keep::Not,
+        POINT_IN_TIME | POINT_IN_TIME_ANY if snapshots => Keep::Surely,
         _ => return Err(wrong(8)),
     };
     let immediate = header.flags & IMMED != 0;
@@ -156,11 +156,13 @@ pub(super) fn populate(context: Context<'_>) -> Result<Reply, ScsiError> {
         Start { list_id: Some(list_id), service_action: POPULATE_TOKEN, hold: true, immediate };
     let timeout = Duration::from_secs(timeout.into());
     let manager = Arc::clone(context.target.copies());
-    let copy = manager.begin(context.nexus, &lun, &start)?;
-    let (creator, on) = (creator(&lun), Arc::clone(&lun));
-    let make = move |operation: &Operation, _: &Cancel| {
+    let copy = manager.begin(context.nexus, &lun, Vec::new(), &start)?;
+    let on = Arc::clone(&lun);
+    let make = move |operation: &Operation, cancel: &Cancel| {
         let bytes = ranges.iter().map(|r| r.end - r.start).sum();
-        let token = manager.rods().create(&on, &creator, ranges, point_in_time, timeout)?;
+        let wanted = Wanted { creator: creator(&on), lun: Arc::clone(&on), ranges, keep, timeout };
+        let mut leave = Leave::new(operation, cancel, Some(&on), None);
+        let token = manager.rods().create(wanted, &mut leave)?;
         operation.update(|report| {
             report.tokens.push(token);
             report.bytes = bytes;
@@ -194,7 +196,8 @@ pub(super) fn write(context: Context<'_>) -> Result<Reply, ScsiError> {
     let delete = header.flags & DELETE != 0;
     let start =
         Start { list_id: Some(list_id), service_action: WRITE_USING_TOKEN, hold: true, immediate };
-    let copy = manager.begin(context.nexus, &lun, &start)?;
+    let source = data.source()?.map(|source| source.index());
+    let copy = manager.begin(context.nexus, &lun, source.into_iter().collect(), &start)?;
     let on = Arc::clone(&lun);
     let write = move |operation: &Operation, cancel: &Cancel| {
         let result = data.write(operation, &on, &ranges, offset, cancel);
@@ -226,6 +229,14 @@ fn find(manager: &CopyManager, token: &TokenBytes) -> Result<Data, ScsiError> {
 }
 
 impl Data {
+    /// The disk that it is of, if it is of one.
+    fn source(&self) -> Result<Option<Arc<Lun>>, ScsiError> {
+        match self {
+            Data::Zeroes => Ok(None),
+            Data::Rod(rod) => rod.source().map(Some),
+        }
+    }
+
     /// Writes to ranges of a disk, in their order, as far as the data goes.
     fn write(
         &self,
@@ -235,44 +246,38 @@ impl Data {
         offset: u64,
         cancel: &Cancel,
     ) -> Result<(), ScsiError> {
+        let source = self.source()?;
         let mut at = offset;
-        let mut done = 0;
         for range in ranges {
             let wanted = range.end - range.start;
-            let mut go_on = |more: u64| {
-                operation.update(|report| report.bytes = done + more);
-                !cancel.is_requested() && !operation.shall_end()
-            };
-            match self {
-                Data::Zeroes => {
-                    let fill = if to.is_thin() { Fill::Deallocated } else { Fill::Anchored };
-                    fill.run(to, range.clone(), |more| match go_on(more) {
-                        true => Ok(()),
-                        false => Err(ScsiError::Aborted),
-                    })?;
-                    done += wanted;
-                }
-                Data::Rod(rod) => {
+            // A token does not outlive the right to read its disk, whether or not it has its bytes from there.
+            let mut leave = Leave::new(operation, cancel, source.as_deref(), Some(to));
+            match (self, &source) {
+                (Data::Rod(rod), Some(source)) => {
                     let len = wanted.min(rod.len().saturating_sub(at));
-                    let copied = rod.copy_to(at, len, to, range.start, &mut go_on)?;
+                    let mut go_on = |done| leave.step(done);
+                    let copied = rod.copy_to(source, at, len, to, range.start, &mut go_on);
                     if let Err(error) = copied {
-                        operation.update(|report| report.bytes = done + error.done);
-                        return Err(why(&error, to));
+                        leave.end(error.done);
+                        return Err(leave.why(&error, to));
                     }
-                    (at, done) = (at + len, done + len);
+                    leave.end(len);
+                    at += len;
                     if len < wanted {
-                        operation.update(|report| {
-                            report.bytes = done;
-                            report.status = Status::Residual;
-                        });
+                        operation.update(|report| report.status = Status::Residual);
                         return Ok(());
                     }
                 }
+                _ => {
+                    let fill = if to.is_thin() { Fill::Deallocated } else { Fill::Anchored };
+                    fill.run(to, range.clone(), |done| {
+                        leave.end(done);
+                        leave.look()
+                    })?;
+                    leave.end(wanted);
+                }
             }
-            operation.update(|report| {
-                report.bytes = done;
-                report.segments = report.segments.saturating_add(1);
-            });
+            operation.update(|report| report.segments = report.segments.saturating_add(1));
         }
         Ok(())
     }

@@ -37,7 +37,7 @@ const PAGES: &[Page] = &[
     (0x86, extended_inquiry),
     (0x87, mode_page_policy),
     (0x88, scsi_ports),
-    (0x8f, |asked| third_party::page(asked.lun)),
+    (0x8f, |asked| third_party::page(asked.target, asked.lun)),
     (0xb0, |asked| block_limits(asked.lun)),
     (0xb1, |asked| block_device_characteristics(asked.lun)),
     (0xb2, |asked| logical_block_provisioning(asked.lun)),

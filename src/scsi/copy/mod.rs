@@ -5,6 +5,7 @@ pub mod rod;
 pub mod segment;
 
 use std::any::Any;
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -14,11 +15,12 @@ use super::sense::{Key, ScsiError, Sense, asc};
 use crate::store::engine::Cancel;
 use rod::{Rods, TokenBytes};
 
-/// TOTAL CONCURRENT COPIES and MAXIMUM IDENTIFIED CONCURRENT COPIES.
-pub const MAX_COPIES: usize = 8;
+/// Copies at a time, over all initiators, if none has less than one; and of those that a disk is asked for, which may have as
+/// many of its threads.
+const MAX_COPIES: usize = 8;
 
-/// Copies that are remembered after they have ended, over all initiators.
-const MAX_REMEMBERED: usize = 256;
+/// Copies that are remembered after they have ended, over all initiators, if none has less than the second number.
+const MAX_REMEMBERED: [usize; 2] = [256, 16];
 
 /// How often one that waits for a copy's end looks whether it was aborted itself.
 const LOOK: Duration = Duration::from_millis(50);
@@ -69,6 +71,8 @@ pub struct Operation {
     pub port: Port,
     /// The disk whose copy manager was asked.
     lun: usize,
+    /// The disks that it reads and writes.
+    others: Vec<usize>,
     list_id: Option<u32>,
     /// The command: its service action.
     pub service_action: u8,
@@ -84,6 +88,12 @@ pub struct Operation {
 
 /// Something that goes on when everything that holds it has let go.
 pub type Waiter = Arc<dyn Any + Send + Sync>;
+
+/// A waiter, and where it is heard of: the receiver hangs up when everything has let go.
+pub fn waiter() -> (Waiter, Receiver<()>) {
+    let (end, ended) = mpsc::channel::<()>();
+    (Arc::new(end), ended)
+}
 
 impl Operation {
     fn lock(&self) -> MutexGuard<'_, Report> {
@@ -109,9 +119,23 @@ impl Operation {
         self.cancel.is_requested() || self.owner.strong_count() == 0
     }
 
-    fn is(&self, nexus: &Arc<Nexus>, lun: usize, list_id: u32) -> bool {
-        let owner = std::ptr::eq(self.owner.as_ptr(), Arc::as_ptr(nexus));
-        owner && self.lun == lun && self.list_id == Some(list_id)
+    /// Whether this initiator has asked for it.
+    pub fn is_of(&self, nexus: &Nexus) -> bool {
+        std::ptr::eq(self.owner.as_ptr(), nexus)
+    }
+
+    /// Whether this disk's copy manager was asked for it.
+    pub fn was_asked_of(&self, lun: &Lun) -> bool {
+        self.lun == lun.index()
+    }
+
+    /// Whether it has to do with a disk: that was asked, or is read, or is written.
+    pub fn concerns(&self, lun: &Lun) -> bool {
+        self.was_asked_of(lun) || self.others.contains(&lun.index())
+    }
+
+    fn is(&self, nexus: &Nexus, lun: &Lun, list_id: u32) -> bool {
+        self.is_of(nexus) && self.was_asked_of(lun) && self.list_id == Some(list_id)
     }
 }
 
@@ -145,7 +169,7 @@ impl Running {
         work: impl FnOnce(&Operation) -> Result<(), ScsiError>,
     ) -> Result<(), ScsiError> {
         let result = work(&self.operation);
-        self.manager.end(&self.operation, &result);
+        self.manager.ended(&self.operation, &result);
         self.ended = true;
         result
     }
@@ -154,20 +178,37 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         if !self.ended {
-            self.manager.end(&self.operation, &Err(ScsiError::Aborted));
+            self.manager.ended(&self.operation, &Err(ScsiError::Aborted));
         }
     }
 }
 
-/// All copies and tokens.
-#[derive(Default)]
+/// All copies and tokens. Each initiator has a share of all there is, which no other can use up.
 pub struct CopyManager {
+    ports: usize,
     operations: Mutex<Vec<Arc<Operation>>>,
-    ended: Condvar,
+    one_ended: Condvar,
     rods: Rods,
 }
 
+/// The share of each of so many initiators.
+fn share(all: usize, least: usize, initiators: usize) -> usize {
+    (all / initiators.max(1)).max(least)
+}
+
 impl CopyManager {
+    /// For so many initiators.
+    pub fn new(ports: u16) -> Self {
+        let ports = usize::from(ports);
+        let rods = Rods::new(ports);
+        CopyManager { ports, operations: Mutex::default(), one_ended: Condvar::new(), rods }
+    }
+
+    /// TOTAL CONCURRENT COPIES and MAXIMUM IDENTIFIED CONCURRENT COPIES, as far as an initiator can have them.
+    pub fn max_copies(&self) -> usize {
+        share(MAX_COPIES, 1, self.ports)
+    }
+
     /// The tokens.
     pub fn rods(&self) -> &Rods {
         &self.rods
@@ -177,29 +218,36 @@ impl CopyManager {
         self.operations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Enters a copy.
+    /// Enters a copy, which reads and writes these disks.
     ///
     /// # Errors
-    /// 05/00/16 if the list identifier is in use, BUSY if there are too many copies.
+    /// 05/00/16 if the list identifier is in use, 05/55/03 if there are too many copies of the initiator or asked of the disk.
     pub fn begin(
         self: &Arc<Self>,
         nexus: &Arc<Nexus>,
         lun: &Lun,
+        others: Vec<usize>,
         start: &Start,
     ) -> Result<Running, ScsiError> {
         let mut all = self.operations();
         let running = |o: &Operation| o.report().status.is_running();
         all.retain(|o| o.owner.strong_count() > 0 || running(o));
-        let same = |o: &Operation| start.list_id.is_some_and(|id| o.is(nexus, lun.index(), id));
+        let same = |o: &Operation| start.list_id.is_some_and(|id| o.is(nexus, lun, id));
         if all.iter().any(|o| same(o) && running(o)) {
             return Err(ScsiError::illegal(asc::OPERATION_IN_PROGRESS));
         }
-        if all.iter().filter(|o| running(o)).count() >= MAX_COPIES {
-            return Err(ScsiError::Busy);
+        let under_way = all.iter().filter(|o| running(o));
+        let (own, here) = under_way.fold((0, 0), |(own, here), o| {
+            (own + usize::from(o.is_of(nexus)), here + usize::from(o.was_asked_of(lun)))
+        });
+        if own >= self.max_copies() || here >= MAX_COPIES {
+            return Err(ScsiError::illegal(asc::INSUFFICIENT_RESOURCES));
         }
         all.retain(|o| !same(o));
-        if all.len() >= MAX_REMEMBERED
-            && let Some(oldest) = all.iter().position(|o| !running(o))
+        let [most, least] = MAX_REMEMBERED;
+        let told = |o: &Operation| o.is_of(nexus) && !running(o);
+        if all.iter().filter(|o| told(o)).count() >= share(most, least, self.ports)
+            && let Some(oldest) = all.iter().position(|o| told(o))
         {
             all.remove(oldest);
         }
@@ -214,6 +262,7 @@ impl CopyManager {
             owner: Arc::downgrade(nexus),
             port: nexus.port(),
             lun: lun.index(),
+            others,
             list_id: start.list_id,
             service_action: start.service_action,
             block_size: lun.block_size(),
@@ -227,7 +276,7 @@ impl CopyManager {
     }
 
     /// Notes how a copy has ended.
-    fn end(&self, operation: &Arc<Operation>, result: &Result<(), ScsiError>) {
+    fn ended(&self, operation: &Arc<Operation>, result: &Result<(), ScsiError>) {
         let mut all = self.operations();
         operation.update(|report| match result {
             Ok(()) if report.status.is_running() => report.status = Status::Done,
@@ -243,7 +292,7 @@ impl CopyManager {
         }
         let waiting = std::mem::take(&mut *operation.waiting());
         drop(all);
-        self.ended.notify_all();
+        self.one_ended.notify_all();
         drop(waiting);
     }
 
@@ -253,13 +302,13 @@ impl CopyManager {
     /// 05/24/00 pointing at the field if there is none.
     pub fn find(
         &self,
-        nexus: &Arc<Nexus>,
+        nexus: &Nexus,
         lun: &Lun,
         list_id: u32,
         field: u16,
     ) -> Result<Arc<Operation>, ScsiError> {
         let all = self.operations();
-        let found = all.iter().find(|o| o.is(nexus, lun.index(), list_id));
+        let found = all.iter().find(|o| o.is(nexus, lun, list_id));
         found.cloned().ok_or(ScsiError::cdb_field(field, 7))
     }
 
@@ -279,27 +328,38 @@ impl CopyManager {
             if cancel.is_requested() {
                 return Err(ScsiError::Aborted);
             }
-            all = self.ended.wait_timeout(all, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+            all = self.one_ended.wait_timeout(all, LOOK).unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(())
     }
 
-    /// Has the copies that were asked of a disk end. Each holds `waiter` until it has: what a reset ends writes nothing
-    /// when the reset is answered (SAM-6 7.7).
-    pub fn end_all(&self, lun: &Lun, waiter: &Waiter) {
+    /// Has copies end; says whether there are any. Each holds `waiter` until it has: what is to be over before something is
+    /// answered writes nothing when that is (SAM-6 7.1).
+    ///
+    /// Whoever keeps others out does that before: a copy looks whether it may begin after it was entered into the list that
+    /// is looked through here.
+    pub fn end(&self, which: impl Fn(&Operation) -> bool, waiter: &Waiter) -> bool {
         let all = self.operations();
-        let running = |o: &&Arc<Operation>| o.lun == lun.index() && o.report().status.is_running();
-        for operation in all.iter().filter(running) {
+        let mut any = false;
+        for operation in all.iter().filter(|o| o.report().status.is_running() && which(o)) {
+            any = true;
             operation.cancel.request();
             operation.waiting().push(Arc::clone(waiter));
         }
+        any
     }
 
-    /// A reset of a disk ends the copies that were asked of it, and they are forgotten.
-    pub fn reset(&self, lun: &Lun) {
-        let mut all = self.operations();
-        all.iter().filter(|o| o.lun == lun.index()).for_each(|o| o.cancel.request());
-        all.retain(|o| o.lun != lun.index() || o.report().status.is_running());
+    /// The same, and waits for the last of them: for as long as the host takes for a step of each.
+    pub fn end_and_wait(&self, which: impl Fn(&Operation) -> bool) {
+        let (waiter, ended) = waiter();
+        self.end(which, &waiter);
+        drop(waiter);
+        let _ = ended.recv();
+    }
+
+    /// Forgets copies that have ended.
+    pub fn forget_all(&self, which: impl Fn(&Operation) -> bool) {
+        self.operations().retain(|o| o.report().status.is_running() || !which(o));
     }
 }
 

@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 
 use zerocopy::{Immutable, IntoBytes, Unaligned};
 
-use super::segment::transfer;
+use super::segment::{Leave, transfer};
 use crate::sandbox::{self, Role};
+use crate::scsi::attention::Port;
 use crate::scsi::lun::{ByteRange, Lun};
-use crate::scsi::sense::{ScsiError, asc};
+use crate::scsi::sense::{Key, ScsiError, Sense, asc};
 use crate::scsi::wire::{U16, U32, U64};
-use crate::store::Snapshot;
-use crate::store::copy::CopyError;
+use crate::store::copy::{CopyError, Side};
+use crate::store::{Cause, Snapshot};
 
 /// A ROD token as it goes over the wire.
 pub type TokenBytes = [u8; TOKEN_LEN];
@@ -22,8 +23,8 @@ pub const TOKEN_LEN: usize = 512;
 /// Bytes of a token that is only shown to manage it: nothing can be read with it.
 pub const MANAGEMENT_TOKEN_LEN: usize = 128;
 
-/// Tokens that are held at the same time, over all disks.
-const MAX_TOKENS: usize = 64;
+/// Tokens that are held at the same time, over all disks and initiators, if none has less than the second number.
+const MAX_TOKENS: [usize; 2] = [64, 8];
 /// Tokens that are known to be dead, to tell their users why.
 const MAX_DEAD: usize = 256;
 
@@ -44,6 +45,8 @@ pub const MAX_TIMEOUT: u32 = 3600;
 /// Data that a token stands for.
 pub struct Rod {
     token: TokenBytes,
+    /// Whose initiator has made it.
+    owner: Port,
     source: Weak<Lun>,
     ranges: Vec<ByteRange>,
     /// `None`: access upon reference.
@@ -67,12 +70,14 @@ impl Drop for Rod {
 enum Death {
     Expired,
     Deleted,
+    Revoked,
 }
 
 /// All tokens.
-#[derive(Default)]
 pub struct Rods {
     shared: Arc<Shared>,
+    /// How many of an initiator's there may be.
+    share: usize,
 }
 
 #[derive(Default)]
@@ -110,6 +115,31 @@ struct Head {
     reserved2: [u8; 24],
 }
 
+/// What a token is to be.
+pub struct Wanted {
+    /// The disk that it is made of.
+    pub lun: Arc<Lun>,
+    /// What the token says of that.
+    pub creator: Creator,
+    /// The bytes that it stands for.
+    pub ranges: Vec<ByteRange>,
+    /// How they are kept.
+    pub keep: Keep,
+    /// How long it lives unused.
+    pub timeout: Duration,
+}
+
+/// How the bytes of a token are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Not at all: they are read when the token is used.
+    Not,
+    /// As they are now, where there is a way and room for that.
+    IfPossible,
+    /// As they are now, or there is no token.
+    Surely,
+}
+
 /// The disk that a token is made of, as the token says it.
 pub struct Creator {
     /// Its name, as an identification CSCD descriptor.
@@ -129,6 +159,16 @@ impl Rod {
         self.len() == 0
     }
 
+    /// Whether it was made of this disk.
+    pub fn is_of(&self, lun: &Lun) -> bool {
+        std::ptr::eq(self.source.as_ptr(), lun)
+    }
+
+    /// Whether it was made by the initiator behind this port.
+    pub fn is_by(&self, port: Port) -> bool {
+        self.owner == port
+    }
+
     fn identifier(&self) -> u64 {
         identifier(&self.token)
     }
@@ -141,19 +181,27 @@ impl Rod {
         *self.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    /// Copies `len` bytes from byte `offset` of the data to a disk.
+    /// The disk that it was made of.
     ///
     /// # Errors
-    /// How far it came and why it ended; 05/23/06 if the disk it was made of is gone.
+    /// 05/23/06 if that is gone.
+    pub fn source(&self) -> Result<Arc<Lun>, ScsiError> {
+        self.source.upgrade().ok_or(ScsiError::illegal(asc::TOKEN_REVOKED))
+    }
+
+    /// Copies `len` bytes from byte `offset` of the data, which is of this disk, to another.
+    ///
+    /// # Errors
+    /// How far it came and why it ended.
     pub fn copy_to(
         &self,
+        source: &Lun,
         offset: u64,
         len: u64,
         to: &Lun,
         at: u64,
         go_on: &mut dyn FnMut(u64) -> bool,
-    ) -> Result<Result<(), CopyError>, ScsiError> {
-        let source = self.source.upgrade().ok_or(ScsiError::illegal(asc::TOKEN_REVOKED))?;
+    ) -> Result<(), CopyError> {
         let (mut skip, mut done) = (offset, 0);
         for (number, range) in self.ranges.iter().enumerate() {
             let size = range.end - range.start;
@@ -171,13 +219,11 @@ impl Rod {
             };
             let from = start + skip..start + skip + n;
             let before = done;
-            let result = transfer(store, from, to, at + done, &mut |more| go_on(before + more));
-            if let Err(error) = result {
-                return Ok(Err(CopyError { done: before + error.done, ..error }));
-            }
+            transfer(store, from, to, at + done, &mut |more| go_on(before + more))
+                .map_err(|error| CopyError { done: before + error.done, ..error })?;
             (done, skip) = (done + n, 0);
         }
-        Ok(Ok(()))
+        Ok(())
     }
 }
 
@@ -200,43 +246,56 @@ pub fn block_zero() -> TokenBytes {
 }
 
 impl Rods {
+    /// For so many initiators.
+    pub(super) fn new(initiators: usize) -> Self {
+        let [most, least] = MAX_TOKENS;
+        Rods { shared: Arc::default(), share: super::share(most, least, initiators) }
+    }
+
+    /// Whether an initiator can have another token.
+    fn check_share(&self, state: &mut State, owner: Port) -> Result<(), ScsiError> {
+        state.bury();
+        match state.live.iter().filter(|rod| rod.is_by(owner)).count() < self.share {
+            true => Ok(()),
+            false => Err(ScsiError::illegal(asc::INSUFFICIENT_RESOURCES_TO_CREATE_ROD_TOKEN)),
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a token for ranges of a disk. Blocks.
+    /// Makes a token, if it has leave until it is there. Blocks.
     ///
     /// # Errors
-    /// BUSY if there are too many tokens; what the host says if it cannot keep the data.
-    pub fn create(
+    /// 05/55/0D if its initiator has too many tokens, 05/55/0C if there is no room for the data; what the host says if it
+    /// cannot keep it; why it had to end.
+    pub(in crate::scsi) fn create(
         &self,
-        lun: &Arc<Lun>,
-        creator: &Creator,
-        ranges: Vec<ByteRange>,
-        point_in_time: bool,
-        timeout: Duration,
+        wanted: Wanted,
+        leave: &mut Leave<'_>,
     ) -> Result<TokenBytes, ScsiError> {
-        if self.state().live.len() >= MAX_TOKENS {
-            return Err(ScsiError::Busy);
-        }
-        let snapshot = match point_in_time {
-            true => lun
-                .store()
-                .snapshot(&ranges)
-                .map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?,
-            false => None,
+        let Wanted { lun, creator, ranges, keep, timeout } = wanted;
+        let owner = leave.port();
+        self.check_share(&mut self.state(), owner)?;
+        let snapshot = match keep {
+            Keep::Not => None,
+            Keep::IfPossible | Keep::Surely => keep_ranges(&lun, &ranges, leave)?,
         };
+        if keep == Keep::Surely && snapshot.is_none() {
+            return Err(ScsiError::illegal(asc::INSUFFICIENT_RESOURCES_TO_CREATE_ROD));
+        }
         let kind = if snapshot.is_some() { POINT_IN_TIME } else { ACCESS_UPON_REFERENCE };
         let bytes = ranges.iter().map(|r| r.end - r.start).sum();
         let mut state = self.state();
-        if state.live.len() >= MAX_TOKENS {
-            return Err(ScsiError::Busy);
-        }
+        // Whoever ends tokens has taken the leave from those that are made before it looks for those that there are.
+        leave.look()?;
+        self.check_share(&mut state, owner)?;
         state.next += 1;
-        let token = make_token(kind, state.next, creator, bytes)?;
+        let token = make_token(kind, state.next, &creator, bytes)?;
         let used = Mutex::new(Instant::now());
-        let source = Arc::downgrade(lun);
-        state.live.push(Arc::new(Rod { token, source, ranges, snapshot, timeout, used }));
+        let source = Arc::downgrade(&lun);
+        state.live.push(Arc::new(Rod { token, owner, source, ranges, snapshot, timeout, used }));
         self.reap(&mut state);
         Ok(token)
     }
@@ -262,18 +321,29 @@ impl Rods {
         Err(ScsiError::illegal(match death {
             Some((_, Death::Expired)) => asc::TOKEN_EXPIRED,
             Some((_, Death::Deleted)) => asc::TOKEN_DELETED,
+            Some((_, Death::Revoked)) => asc::TOKEN_REVOKED,
             None => asc::TOKEN_UNKNOWN,
         }))
     }
 
     /// Takes a token out of use (DEL_TKN).
     pub fn delete(&self, rod: &Arc<Rod>) {
+        self.end(|other| std::ptr::eq(other, rod.as_ref()), Death::Deleted);
+    }
+
+    /// Takes tokens out of use, whoever has them: their disk is about to hold something else, or their maker is gone. Data
+    /// that a copy is being made of stays until that has ended.
+    pub fn revoke(&self, which: impl Fn(&Rod) -> bool) {
+        self.end(which, Death::Revoked);
+    }
+
+    fn end(&self, which: impl Fn(&Rod) -> bool, death: Death) {
         let mut state = self.state();
-        let identifier = rod.identifier();
-        if let Some(at) = state.live.iter().position(|r| Arc::ptr_eq(r, rod)) {
-            state.live.remove(at);
-            state.remember(identifier, Death::Deleted);
-        }
+        let all = std::mem::take(&mut state.live).into_iter();
+        let (dead, live): (Vec<_>, Vec<_>) = all.partition(|rod| which(rod));
+        state.live = live;
+        dead.iter().for_each(|rod| state.remember(rod.identifier(), death));
+        drop(state);
         self.shared.changed.notify_all();
     }
 
@@ -338,6 +408,25 @@ impl State {
         }
         self.dead.push((identifier, death));
     }
+}
+
+/// Ranges of a disk as they are now; `None` where the host cannot keep them so, or has no room for it.
+fn keep_ranges(
+    lun: &Lun,
+    ranges: &[ByteRange],
+    leave: &mut Leave<'_>,
+) -> Result<Option<Snapshot>, ScsiError> {
+    let kept = lun.store().snapshot(ranges, &mut |done| leave.step(done));
+    kept.or_else(|error| match (error.side, error.error.cause) {
+        (Side::Destination, Cause::NoSpace) => Ok(None),
+        (_, Cause::Cancelled) => Err(leave.why(&error, lun)),
+        (Side::Source, _) => Err(ScsiError::from_store(error.error, false, lun.block_size())),
+        (_, Cause::Busy) => Err(ScsiError::Busy),
+        // No block of the disk is to blame.
+        (Side::Destination, _) => {
+            Err(ScsiError::Check(Sense::new(Key::HardwareError, asc::INTERNAL_TARGET_FAILURE)))
+        }
+    })
 }
 
 /// A token that cannot be guessed: everything behind its head is random.

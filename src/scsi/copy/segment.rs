@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::Operation;
 use crate::scsi::attention::Port;
+use crate::scsi::background::Tolerance;
 use crate::scsi::lun::{ByteRange, Lun};
 use crate::scsi::reservations::Conflict;
 use crate::scsi::sense::{Key, ScsiError, Sense, asc};
@@ -78,7 +79,7 @@ struct Span {
 pub fn run(operation: &Operation, segments: &[Segment], cancel: &Cancel) -> Result<(), ScsiError> {
     for (number, segment) in (0u16..).zip(segments) {
         let done = segment.run(operation, cancel);
-        done.map_err(|error| error.of_segment(number))?;
+        done.map_err(|failure| failure.of_segment(number, segment.wanted()))?;
         operation.update(|report| report.segments = number.saturating_add(1));
     }
     for segment in segments {
@@ -89,11 +90,82 @@ pub fn run(operation: &Operation, segments: &[Segment], cancel: &Cancel) -> Resu
     Ok(())
 }
 
+/// Whether a copy may go on, which it asks before each step: nobody wants it to end, and its disks still let it in. Who
+/// has reserved one of them meanwhile, stopped it or begun to format it need not wait for its end.
+pub(in crate::scsi) struct Leave<'a> {
+    operation: &'a Operation,
+    cancel: &'a Cancel,
+    source: Option<&'a Lun>,
+    destination: Option<&'a Lun>,
+    /// Bytes that the operation had done before.
+    before: u64,
+    refusal: Option<ScsiError>,
+}
+
+impl<'a> Leave<'a> {
+    /// For a copy from one disk, if it is one, to another, if there is one.
+    pub(in crate::scsi) fn new(
+        operation: &'a Operation,
+        cancel: &'a Cancel,
+        source: Option<&'a Lun>,
+        destination: Option<&'a Lun>,
+    ) -> Self {
+        let before = operation.report().bytes;
+        Leave { operation, cancel, source, destination, before, refusal: None }
+    }
+
+    /// Whose copy it is.
+    pub(in crate::scsi) fn port(&self) -> Port {
+        self.operation.port
+    }
+
+    /// Whether it may go on.
+    ///
+    /// # Errors
+    /// [`ScsiError::Aborted`] if it is to end; what one of its disks says else.
+    pub(in crate::scsi) fn look(&self) -> Result<(), ScsiError> {
+        if self.cancel.is_requested() || self.operation.shall_end() {
+            return Err(ScsiError::Aborted);
+        }
+        let port = self.operation.port;
+        if let Some(source) = self.source {
+            usable(source, port, Conflict::ExclusiveAccess)?;
+        }
+        let Some(destination) = self.destination else { return Ok(()) };
+        usable(destination, port, Conflict::Always)?;
+        destination.check_writable()
+    }
+
+    /// The same, after so many bytes.
+    pub(in crate::scsi) fn step(&mut self, done: u64) -> bool {
+        self.operation.update(|report| report.bytes = self.before + done);
+        self.refusal = self.look().err();
+        self.refusal.is_none()
+    }
+
+    /// Ends with so many bytes done.
+    pub(in crate::scsi) fn end(&self, done: u64) {
+        self.operation.update(|report| report.bytes = self.before + done);
+    }
+
+    /// What an initiator hears of a copy that failed, or was not to go on.
+    pub(in crate::scsi) fn why(&self, error: &CopyError, destination: &Lun) -> ScsiError {
+        match (error.side, error.error.cause) {
+            (_, Cause::Cancelled) => self.refusal.unwrap_or(ScsiError::Aborted),
+            (_, Cause::Busy) => ScsiError::Busy,
+            (Side::Destination, Cause::NoSpace | Cause::ReadOnly) => {
+                ScsiError::from_store(error.error, true, destination.block_size())
+            }
+            _ => copy_aborted(asc::THIRD_PARTY_DEVICE_FAILURE),
+        }
+    }
+}
+
 /// A failed segment.
 struct Failure {
     error: ScsiError,
-    /// What is missing of it, in its own units.
-    residual: u64,
+    /// What is missing of it, in its own units; `None`: all of it.
+    residual: Option<u64>,
 }
 
 impl Failure {
@@ -101,11 +173,11 @@ impl Failure {
         copy_aborted(asc::UNREACHABLE_COPY_TARGET).into()
     }
 
-    /// COMMAND-SPECIFIC INFORMATION names the segment (SPC-5 5.18.7.4).
-    fn of_segment(self, number: u16) -> ScsiError {
+    /// COMMAND-SPECIFIC INFORMATION names the segment, INFORMATION says what is missing of it (SPC-5 5.18.7.4).
+    fn of_segment(self, number: u16, wanted: u64) -> ScsiError {
         match self.error {
             ScsiError::Check(sense) if sense.key == Key::CopyAborted => ScsiError::Check(Sense {
-                information: Some(self.residual),
+                information: Some(self.residual.unwrap_or(wanted)),
                 command_specific: Some(number.into()),
                 ..sense
             }),
@@ -116,7 +188,7 @@ impl Failure {
 
 impl From<ScsiError> for Failure {
     fn from(error: ScsiError) -> Self {
-        Failure { error, residual: 0 }
+        Failure { error, residual: None }
     }
 }
 
@@ -127,6 +199,15 @@ fn copy_aborted(asc: crate::scsi::sense::Asc) -> ScsiError {
 impl Segment {
     fn is_verify(&self) -> bool {
         matches!(self.what, What::Verify { .. })
+    }
+
+    /// All that it asks for, in its own units.
+    fn wanted(&self) -> u64 {
+        match self.what {
+            What::Blocks { count, .. } => count.into(),
+            What::Bytes { count, .. } => count.into(),
+            What::Verify { .. } => 0,
+        }
     }
 
     fn run(&self, operation: &Operation, cancel: &Cancel) -> Result<(), Failure> {
@@ -142,34 +223,26 @@ impl Segment {
         let whole = span.source.end - span.source.start;
         fits(source, &span.source)?;
         fits(destination, &(span.at..span.at.saturating_add(whole).saturating_add(span.pad)))?;
-        usable(source, operation.port, Conflict::ExclusiveAccess)?;
-        usable(destination, operation.port, Conflict::Always)?;
-        destination.check_writable()?;
-        let before = operation.report().bytes;
-        let result = transfer(
-            source.store().as_ref(),
-            span.source.clone(),
-            destination,
-            span.at,
-            &mut |done| {
-                operation.update(|report| report.bytes = before + done);
-                !cancel.is_requested() && !operation.shall_end()
-            },
-        );
-        let end = span.at + whole;
-        let error = match result {
-            Ok(_) if span.pad > 0 => destination
+        let mut leave = Leave::new(operation, cancel, Some(source), Some(destination));
+        leave.look()?;
+        let (from, at) = (source.store().as_ref(), span.at);
+        let end = at + whole;
+        let copied = transfer(from, span.source, destination, at, &mut |n| leave.step(n));
+        let copied = copied.and_then(|_| match span.pad {
+            0 => Ok(()),
+            pad if leave.step(whole) => destination
                 .store()
-                .reserve(end..end + span.pad)
+                .reserve(end..end + pad)
                 .map_err(|error| CopyError { side: Side::Destination, error, done: whole }),
-            other => other.map(drop),
-        };
-        operation.update(|report| {
-            report.bytes = before + error.map_or_else(|error| error.done, |()| whole);
+            _ => {
+                let error = Cause::Cancelled.into();
+                Err(CopyError { side: Side::Destination, error, done: whole })
+            }
         });
-        error.map_err(|error| Failure {
-            residual: (whole - error.done.min(whole)).div_ceil(span.unit),
-            error: why(&error, destination),
+        leave.end(copied.map_or_else(|error| error.done, |()| whole));
+        copied.map_err(|error| Failure {
+            residual: Some((whole - error.done.min(whole)).div_ceil(span.unit)),
+            error: leave.why(&error, destination),
         })
     }
 
@@ -241,18 +314,6 @@ pub(super) fn transfer(
     result.map(|()| moved)
 }
 
-/// What an initiator hears of a copy that failed.
-pub(in crate::scsi) fn why(error: &CopyError, destination: &Lun) -> ScsiError {
-    match (error.side, error.error.cause) {
-        (_, Cause::Cancelled) => ScsiError::Aborted,
-        (_, Cause::Busy) => ScsiError::Busy,
-        (Side::Destination, Cause::NoSpace | Cause::ReadOnly) => {
-            ScsiError::from_store(error.error, true, destination.block_size())
-        }
-        _ => copy_aborted(asc::THIRD_PARTY_DEVICE_FAILURE),
-    }
-}
-
 fn past_the_end() -> Failure {
     copy_aborted(asc::NONE).into()
 }
@@ -264,9 +325,8 @@ fn fits(lun: &Lun, range: &ByteRange) -> Result<(), Failure> {
 }
 
 /// A disk that is stopped, under a format operation, or reserved for others takes no part in copies.
-fn usable(lun: &Lun, port: Port, conflict: Conflict) -> Result<(), Failure> {
-    let tolerance = crate::scsi::background::Tolerance::Never;
-    let ready = lun.background().check(tolerance).and_then(|()| lun.check_ready());
+fn usable(lun: &Lun, port: Port, conflict: Conflict) -> Result<(), ScsiError> {
+    let ready = lun.background().check(Tolerance::Never).and_then(|()| lun.check_ready());
     let ready = ready.and_then(|()| lun.reservations().check(port, conflict, &Cdb::new(&[])));
-    ready.map_err(|_| copy_aborted(asc::COPY_TARGET_DEVICE_NOT_REACHABLE).into())
+    ready.map_err(|_| copy_aborted(asc::COPY_TARGET_DEVICE_NOT_REACHABLE))
 }
