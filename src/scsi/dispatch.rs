@@ -55,13 +55,16 @@ fn on_disk(
         ),
         Reply::Transfer(operation, bytes) => {
             let writing = command.access == Access::Write;
-            Plan::Transfer(Transfer { bytes, writing }, operation)
+            Plan::Transfer(Transfer::of(&operation, bytes, writing), operation)
         }
         Reply::Job(job) => {
-            let on = Arc::clone(lun);
+            let (on, nexus) = (Arc::clone(lun), Arc::clone(nexus));
             Plan::Job(Box::new(move |cancel: &Cancel| match job(cancel) {
                 Ok(transferred) => Outcome::good(transferred),
-                Err(error) => on.failed(error),
+                Err(error) => {
+                    nexus.attentions(on.index()).hears(&error);
+                    on.failed(error)
+                }
             }))
         }
     }
@@ -75,8 +78,8 @@ fn without_disk(target: &Target, number: u8, request: &Request, missing: Missing
 }
 
 /// What every command is checked for before its handler sees it, in the order of SAM-6 5.3.3 and
-/// SPC-5: known operation, unit attention, reservations, reserved bits, operation under way, readiness, write
-/// protection.
+/// SPC-5: known operation, unit attention, deferred error, reservations, reserved bits, operation under way, readiness,
+/// write protection.
 fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command, ScsiError> {
     let command = cmd::find_on(lun, &request.cdb);
     // A condition that arose with the restart is for commands that were given after it: one that was given before was
@@ -84,6 +87,9 @@ fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command
     let exempt = request.again || command.as_ref().is_ok_and(|c| c.exempt_from_attention);
     if !exempt && let Some(attention) = nexus.attentions(lun.index()).take() {
         return Err(ScsiError::Check(attention.sense()));
+    }
+    if !exempt && let Some(error) = lun.deferred_error(nexus) {
+        return Err(ScsiError::Check(error));
     }
     let command = command?;
     lun.reservations().check(nexus.port(), command.conflict, &request.cdb)?;

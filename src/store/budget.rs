@@ -8,12 +8,12 @@
 use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use super::copy::Method;
 use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Pool, RingFile,
-    Snapshot, Space, Store, StoreError,
+    Snapshot, Space, Store, StoreError, WriteBack,
 };
 
 /// Extents looked at in one go.
@@ -121,6 +121,10 @@ impl<S: Store> Store for Budget<S> {
 
     fn flush(&self) -> Result<(), StoreError> {
         self.store.flush()
+    }
+
+    fn write_back(&self) -> Option<&Arc<WriteBack>> {
+        self.store.write_back()
     }
 
     fn prefetch(&self, offset: u64, len: u64) -> Result<(), StoreError> {

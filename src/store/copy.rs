@@ -6,8 +6,9 @@
 
 use std::cmp::Ordering;
 use std::ops::Range;
+use std::sync::Arc;
 
-use super::{Cause, Durability, Kind, Piece, Store, StoreError, pieces};
+use super::{Cause, Durability, Kind, Piece, Store, StoreError, WriteBack, pieces};
 
 /// A way to move data between two files without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -282,7 +283,12 @@ impl<'a> Copy<'a> {
             true => take(),
             false => self.from.steady(from..from.saturating_add(len), &mut take),
         }
-        taken.map_err(|error| (Side::Destination, error))
+        // What is shared is what the host has written back, which is to be what is read.
+        let is_lost = |write_back: &Arc<WriteBack>| write_back.look().is_some();
+        match taken {
+            Ok(Some(_)) if self.from.write_back().is_some_and(is_lost) => Ok(None),
+            other => other.map_err(|error| (Side::Destination, error)),
+        }
     }
 
     fn buffer(&mut self) -> Result<Buffer, Failure> {

@@ -16,7 +16,7 @@ use super::copy::Method;
 use super::engine::Cancel;
 use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Notes, Operation, Pool, RingFile, Snapshot,
-    Space, Store, StoreError,
+    Space, Store, StoreError, WriteBack,
 };
 
 /// How often one that waits looks whether it is to go on waiting.
@@ -302,6 +302,10 @@ impl Store for Exclusion {
 
     fn flush(&self) -> Result<(), StoreError> {
         self.store.flush()
+    }
+
+    fn write_back(&self) -> Option<&Arc<WriteBack>> {
+        self.store.write_back()
     }
 
     fn prefetch(&self, offset: u64, len: u64) -> Result<(), StoreError> {

@@ -2,6 +2,7 @@
 //! without it a test says loudly what it did not prove.
 #![allow(dead_code)]
 
+pub mod failing;
 pub mod fuse;
 pub mod pids;
 
@@ -29,13 +30,26 @@ pub const ALL: [Kind; 4] = [Kind::Ext4, Kind::Xfs, Kind::Btrfs, Kind::Tmpfs];
 pub struct Mount {
     pub kind: Kind,
     directory: TempDir,
+    /// The file it is made in.
+    image: PathBuf,
 }
 
 impl Mount {
     /// Mounts a fresh file system of `mib` MiB (XFS needs 300). `None`, loudly, where that cannot be.
     pub fn new(kind: Kind, mib: u64) -> Option<Self> {
         let directory = TempDir::new().unwrap();
-        let mount = Mount { kind, directory };
+        let image = directory.path().join("image");
+        Self::in_file(Mount { kind, directory, image }, mib)
+    }
+
+    /// The same in a file elsewhere.
+    pub fn over(kind: Kind, image: &Path, mib: u64) -> Option<Self> {
+        let directory = TempDir::new().unwrap();
+        Self::in_file(Mount { kind, directory, image: image.into() }, mib)
+    }
+
+    fn in_file(mount: Mount, mib: u64) -> Option<Self> {
+        let kind = mount.kind;
         fs::create_dir(mount.path()).unwrap();
         match mount.make(mib) {
             Ok(()) => Some(mount),
@@ -56,20 +70,19 @@ impl Mount {
         if self.kind == Kind::Tmpfs {
             return run("mount", &["-t", "tmpfs", "-o", &size, "tmpfs"], &self.path());
         }
-        let image = self.directory.path().join("image");
-        File::create(&image).and_then(|f| f.set_len(mib << 20)).map_err(|e| e.to_string())?;
+        let image = &self.image;
+        File::create(image).and_then(|f| f.set_len(mib << 20)).map_err(|e| e.to_string())?;
         match self.kind {
-            Kind::Ext4 => run("mkfs.ext4", &["-q", "-F"], &image)?,
-            Kind::Xfs => run("mkfs.xfs", &["-q", "-m", "reflink=1"], &image)?,
-            Kind::Btrfs => run("mkfs.btrfs", &["-q"], &image)?,
+            Kind::Ext4 => run("mkfs.ext4", &["-q", "-F"], image)?,
+            Kind::Xfs => run("mkfs.xfs", &["-q", "-m", "reflink=1"], image)?,
+            Kind::Btrfs => run("mkfs.btrfs", &["-q"], image)?,
             Kind::Tmpfs => {}
         }
         self.mount()
     }
 
     fn mount(&self) -> Result<(), String> {
-        let image = self.directory.path().join("image");
-        run("mount", &["-o", "loop", image.to_str().unwrap()], &self.path())
+        run("mount", &["-o", "loop", self.image.to_str().unwrap()], &self.path())
     }
 
     /// Freezes it until the returned value goes, as a snapshot of the host does (FIFREEZE): every write waits. `None`,
@@ -208,19 +221,26 @@ impl Hanging {
 /// A loop device over a file of `mib` MiB, gone with this value.
 pub struct LoopDevice {
     pub device: PathBuf,
-    _file: tempfile::NamedTempFile,
+    _file: Option<tempfile::NamedTempFile>,
 }
 
 impl LoopDevice {
     /// `None`, loudly, where there can be none.
     pub fn new(mib: u64) -> Option<Self> {
         let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(mib << 20).unwrap();
-        let made = Command::new("losetup").args(["--show", "-f"]).arg(file.path()).output();
+        let mut device = Self::over(file.path(), mib)?;
+        device._file = Some(file);
+        Some(device)
+    }
+
+    /// The same over a file of this name.
+    pub fn over(path: &Path, mib: u64) -> Option<Self> {
+        File::create(path).unwrap().set_len(mib << 20).unwrap();
+        let made = Command::new("losetup").args(["--show", "-f"]).arg(path).output();
         match made {
             Ok(output) if output.status.success() => {
                 let name = String::from_utf8(output.stdout).unwrap();
-                Some(LoopDevice { device: PathBuf::from(name.trim()), _file: file })
+                Some(LoopDevice { device: PathBuf::from(name.trim()), _file: None })
             }
             other => {
                 skipped(&format!("nothing was proved on a block device: {other:?}"));

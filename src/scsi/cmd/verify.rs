@@ -63,7 +63,9 @@ pub(super) fn verify(context: Context<'_>) -> Result<Reply, ScsiError> {
     }
     let lun = Arc::clone(context.lun);
     Ok(Reply::Job(Box::new(move |cancel| {
-        let compared = compare(&lun, &range, &against, &expected, cancel);
+        // Once: what others write meanwhile is not what is to be verified.
+        let flushed = lun.flush();
+        let compared = flushed.and_then(|()| compare(&lun, &range, &against, &expected, cancel));
         lun.account(Activity::Verify, range.bytes, &compared);
         compared.map(|()| needed)
     })))
@@ -91,7 +93,7 @@ pub(super) fn write_and_verify(context: Context<'_>) -> Result<Reply, ScsiError>
     })))
 }
 
-/// Reads the range from the medium and compares it; the first difference is a MISCOMPARE.
+/// Reads the range from the medium, to where it was flushed, and compares it; the first difference is a MISCOMPARE.
 fn compare(
     lun: &Lun,
     range: &BlockRange,
