@@ -502,6 +502,7 @@ const TRANSFERS: &[i64] = &[
     libc::SYS_pwritev2,
     libc::SYS_statx,
     libc::SYS_sync_file_range,
+    libc::SYS_utimensat,
 ];
 
 const QUEUE: &[i64] = &[libc::SYS_eventfd2, libc::SYS_io_uring_enter, libc::SYS_ppoll];

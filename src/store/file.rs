@@ -52,6 +52,8 @@ pub struct FileStore {
     block_device: bool,
     /// Whether it is open with O_DIRECT.
     direct: bool,
+    /// Whether it is on ext4 and written: then a flush does not tell of everything ([`sys::journal_is_kept`]).
+    on_ext4: bool,
     /// Whether transfers can be left to the kernel, which has no need of a thread for each (FMODE_NOWAIT): not on FUSE
     /// and NFS.
     in_ring: bool,
@@ -256,6 +258,7 @@ impl FileStore {
                 if shares { "reflink" } else { "bytes" }
             ),
         };
+        let on_ext4 = !options.read_only && !block_device && sys::is_on_ext4(&file);
         let in_ring = sys::has_nowait(&file, u64::from(transfer_align));
         let at_once = AtOnce::of(&file, options.direct);
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
@@ -264,6 +267,7 @@ impl FileStore {
             file,
             block_device,
             direct: options.direct,
+            on_ext4,
             in_ring,
             capabilities,
             memory_align,
@@ -344,6 +348,7 @@ impl FileStore {
             file,
             block_device: false,
             direct: false,
+            on_ext4: false,
             in_ring: false,
             capabilities: Capabilities { transfer_align: 1, ..self.capabilities.clone() },
             memory_align: 1,
@@ -456,12 +461,20 @@ impl FileStore {
                     Err(error) => return Err(error),
                 }
             }
-            Ok(())
+            self.journal_is_kept()
         })
     }
 
     fn sync(&self) -> Result<(), StoreError> {
-        self.write_back.flush(|| self.file.sync_data())
+        self.write_back.flush(|some| {
+            self.file.sync_data()?;
+            if some { self.journal_is_kept() } else { Ok(()) }
+        })
+    }
+
+    /// Whether a flush that succeeded can be believed.
+    fn journal_is_kept(&self) -> io::Result<()> {
+        if self.on_ext4 { sys::journal_is_kept(&self.file) } else { Ok(()) }
     }
 
     /// Has an atomic write ended that failed halfway, before anybody gets at its blocks.

@@ -130,6 +130,32 @@ pub(super) fn begin_writeback(file: &File, at: u64) {
     unsafe { libc::sync_file_range(file.as_raw_fd(), at, 1, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
+/// Whether the file is on ext4, ext3 or ext2.
+pub(super) fn is_on_ext4(file: &File) -> bool {
+    let host = nix::sys::statfs::fstatfs(file);
+    host.is_ok_and(|host| host.filesystem_type() == nix::sys::statfs::EXT4_SUPER_MAGIC)
+}
+
+/// Whether the file system still has its journal, where that is not told by a flush: once ext4 could not commit a
+/// transaction, a flush of what was in it has nothing to wait for and succeeds. The first step that needs the journal
+/// notices, and says nothing; the next is refused.
+pub(super) fn journal_is_kept(file: &File) -> io::Result<()> {
+    touch(file)?;
+    touch(file)
+}
+
+/// Sets the times of a file to now. Who may not do that is told nothing.
+fn touch(file: &File) -> io::Result<()> {
+    // SAFETY: without times there is nothing to read.
+    match unsafe { libc::futimens(file.as_raw_fd(), std::ptr::null()) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error().raw_os_error() {
+            Some(libc::EROFS | libc::EIO) => Err(io::Error::from_raw_os_error(libc::EIO)),
+            _ => Ok(()),
+        },
+    }
+}
+
 /// What the host has failed to write back of a file since this open file was asked the last time. It neither writes nor
 /// waits for anything: no file has pages there.
 pub(super) fn write_back_error(file: &File) -> io::Result<()> {

@@ -183,20 +183,25 @@ impl WriteBack {
         self.failure()
     }
 
-    /// Does a call that makes everything stable that was written before. What has failed before that is another question
+    /// Does a call that makes everything stable that was written before; it is told whether there can be anything. What has failed before that is another question
     /// ([`WriteBack::check`]).
     ///
     /// # Errors
     /// If it could not, or the host tells of another failure meanwhile.
-    pub(super) fn flush(&self, call: impl FnOnce() -> io::Result<()>) -> Result<(), StoreError> {
-        let number = {
+    pub(super) fn flush(
+        &self,
+        call: impl FnOnce(bool) -> io::Result<()>,
+    ) -> Result<(), StoreError> {
+        let (number, some) = {
             let mut state = self.state();
-            let number = state.next;
+            let (number, before) = (state.next, self.written.take());
+            // What another flush has not made stable yet is this one's, too.
+            let some = before != [0; WORDS] || !state.flushing.is_empty();
             state.next += 1;
-            state.flushing.push((number, self.written.take()));
-            number
+            state.flushing.push((number, before));
+            (number, some)
         };
-        let done = call();
+        let done = call(some);
         let mut state = self.state();
         let own = state.flushing.iter().position(|(other, _)| *other == number);
         let (_, before) =
@@ -293,10 +298,10 @@ mod tests {
     #[test]
     fn a_failure_stays() {
         let one = write_back(1 << 20);
-        one.flush(|| Ok(())).unwrap();
+        one.flush(|_| Ok(())).unwrap();
         assert_eq!((one.check(), one.look()), (Ok(()), None));
         let error = StoreError::lost(Cause::NoSpace);
-        assert_eq!(one.flush(|| failing(libc::ENOSPC)), Err(error));
+        assert_eq!(one.flush(|_| failing(libc::ENOSPC)), Err(error));
         assert_eq!((one.check(), one.look()), (Err(error), Some(error)));
         // What is told last does not hide what was told first.
         assert_eq!(
@@ -314,12 +319,12 @@ mod tests {
     fn what_may_be_lost_is_what_no_flush_has_covered() {
         let one = write_back(4 << 20);
         one.mark(0..1);
-        one.flush(|| Ok(())).unwrap();
+        one.flush(|_| Ok(())).unwrap();
         one.mark(65536..65537);
         one.mark(131071..131073);
         one.mark(1 << 20..1 << 20);
         // Written while the flush is under way: it may be covered, or not.
-        let flushed = one.flush(|| {
+        let flushed = one.flush(|_| {
             one.mark((2 << 20) + 5..(2 << 20) + 6);
             failing(libc::EIO)
         });
@@ -335,8 +340,8 @@ mod tests {
         let one = write_back(4 << 20);
         one.mark(0..1);
         // The inner one is told what the outer one's writes have met.
-        one.flush(|| {
-            one.flush(|| failing(libc::EIO)).unwrap_err();
+        one.flush(|_| {
+            one.flush(|_| failing(libc::EIO)).unwrap_err();
             Ok(())
         })
         .unwrap();
@@ -345,13 +350,13 @@ mod tests {
         let other = write_back(4 << 20);
         other.mark(0..1);
         other
-            .flush(|| {
-                other.flush(|| Ok(())).unwrap();
+            .flush(|_| {
+                other.flush(|_| Ok(())).unwrap();
                 Ok(())
             })
             .unwrap();
         other.mark(65536..65537);
-        other.flush(|| failing(libc::EIO)).unwrap_err();
+        other.flush(|_| failing(libc::EIO)).unwrap_err();
         assert_eq!(lost(&other), "65536-131071");
     }
 
@@ -359,7 +364,7 @@ mod tests {
     fn many_ranges_are_not_all_named() {
         let one = write_back(64 << 20);
         (0..20u64).for_each(|n| one.mark(n << 17..(n << 17) + 1));
-        one.flush(|| failing(libc::EIO)).unwrap_err();
+        one.flush(|_| failing(libc::EIO)).unwrap_err();
         assert!(lost(&one).ends_with("917504-983039 and 12 ranges more"), "{}", lost(&one));
     }
 }

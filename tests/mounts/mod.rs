@@ -39,19 +39,19 @@ impl Mount {
     pub fn new(kind: Kind, mib: u64) -> Option<Self> {
         let directory = TempDir::new().unwrap();
         let image = directory.path().join("image");
-        Self::in_file(Mount { kind, directory, image }, mib)
+        Self::in_file(Mount { kind, directory, image }, mib, &[])
     }
 
-    /// The same in a file elsewhere.
+    /// The same in a file elsewhere, with blocks that are pages.
     pub fn over(kind: Kind, image: &Path, mib: u64) -> Option<Self> {
         let directory = TempDir::new().unwrap();
-        Self::in_file(Mount { kind, directory, image: image.into() }, mib)
+        Self::in_file(Mount { kind, directory, image: image.into() }, mib, &["-b", "4096"])
     }
 
-    fn in_file(mount: Mount, mib: u64) -> Option<Self> {
+    fn in_file(mount: Mount, mib: u64, ext4: &[&str]) -> Option<Self> {
         let kind = mount.kind;
         fs::create_dir(mount.path()).unwrap();
-        match mount.make(mib) {
+        match mount.make(mib, ext4) {
             Ok(()) => Some(mount),
             Err(why) => {
                 skipped(&format!("nothing was proved on {kind:?}: {why}"));
@@ -65,7 +65,7 @@ impl Mount {
         self.directory.path().join("mnt")
     }
 
-    fn make(&self, mib: u64) -> Result<(), String> {
+    fn make(&self, mib: u64, ext4: &[&str]) -> Result<(), String> {
         let size = format!("size={mib}m");
         if self.kind == Kind::Tmpfs {
             return run("mount", &["-t", "tmpfs", "-o", &size, "tmpfs"], &self.path());
@@ -73,7 +73,7 @@ impl Mount {
         let image = &self.image;
         File::create(image).and_then(|f| f.set_len(mib << 20)).map_err(|e| e.to_string())?;
         match self.kind {
-            Kind::Ext4 => run("mkfs.ext4", &["-q", "-F"], image)?,
+            Kind::Ext4 => run("mkfs.ext4", &[&["-q", "-F"], ext4].concat(), image)?,
             Kind::Xfs => run("mkfs.xfs", &["-q", "-m", "reflink=1"], image)?,
             Kind::Btrfs => run("mkfs.btrfs", &["-q"], image)?,
             Kind::Tmpfs => {}
