@@ -19,6 +19,7 @@ use super::journal::{self, Journal};
 use super::lock::{LockError, lock_image_soon};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
+use super::sys::FileSystem;
 use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Hold, Notes, Operation, Piece, Pool,
     RingFile, Snapshot, Space, Store, StoreError, WriteBack, sys,
@@ -52,8 +53,7 @@ pub struct FileStore {
     block_device: bool,
     /// Whether it is open with O_DIRECT.
     direct: bool,
-    /// Whether it is on ext4 and written: then a flush does not tell of everything ([`sys::journal_is_kept`]).
-    on_ext4: bool,
+    file_system: FileSystem,
     /// Whether transfers can be left to the kernel, which has no need of a thread for each (FMODE_NOWAIT): not on FUSE
     /// and NFS.
     in_ring: bool,
@@ -159,7 +159,11 @@ impl FileStore {
         store.check_size(options.block_size)?;
         // Before anything is written: what failed before this start and was told to nobody is not to be taken for ours.
         let size = store.size_bytes().map_err(|e| plain(&e))?;
-        store.write_back = Arc::new(WriteBack::of(path.display().to_string(), size, Some(witness)));
+        let write_back = WriteBack::of(path.display().to_string(), size, Some(witness));
+        store.write_back = Arc::new(match store.file_system {
+            FileSystem::Btrfs => write_back.short_of_room(),
+            FileSystem::Ext4 | FileSystem::Other => write_back,
+        });
         store.write_back.look();
         // Nothing can be kept beside a device node: /dev is made anew by every boot.
         if !block_device {
@@ -258,7 +262,7 @@ impl FileStore {
                 if shares { "reflink" } else { "bytes" }
             ),
         };
-        let on_ext4 = !options.read_only && !block_device && sys::is_on_ext4(&file);
+        let file_system = if block_device { FileSystem::Other } else { FileSystem::of(&file) };
         let in_ring = sys::has_nowait(&file, u64::from(transfer_align));
         let at_once = AtOnce::of(&file, options.direct);
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
@@ -267,7 +271,7 @@ impl FileStore {
             file,
             block_device,
             direct: options.direct,
-            on_ext4,
+            file_system,
             in_ring,
             capabilities,
             memory_align,
@@ -348,7 +352,7 @@ impl FileStore {
             file,
             block_device: false,
             direct: false,
-            on_ext4: false,
+            file_system: self.file_system,
             in_ring: false,
             capabilities: Capabilities { transfer_align: 1, ..self.capabilities.clone() },
             memory_align: 1,
@@ -451,7 +455,8 @@ impl FileStore {
         if self.direct {
             return self.sync();
         }
-        self.write_back.flush_range(bytes(offset, from.len()), || {
+        let range = bytes(offset, from.len());
+        let flushed = self.write_back.flush_range(range, || {
             let mut done = 0;
             while done < from.len() {
                 match sys::write(&self.file, offset, from, done, true) {
@@ -462,7 +467,9 @@ impl FileStore {
                 }
             }
             self.journal_is_kept()
-        })
+        });
+        flushed
+            .map_err(|error| if error.lost { error } else { StoreError::at(error.cause, offset) })
     }
 
     fn sync(&self) -> Result<(), StoreError> {
@@ -474,7 +481,10 @@ impl FileStore {
 
     /// Whether a flush that succeeded can be believed.
     fn journal_is_kept(&self) -> io::Result<()> {
-        if self.on_ext4 { sys::journal_is_kept(&self.file) } else { Ok(()) }
+        match self.file_system {
+            FileSystem::Ext4 if !self.capabilities.read_only => sys::journal_is_kept(&self.file),
+            _ => Ok(()),
+        }
     }
 
     /// Has an atomic write ended that failed halfway, before anybody gets at its blocks.

@@ -130,10 +130,26 @@ pub(super) fn begin_writeback(file: &File, at: u64) {
     unsafe { libc::sync_file_range(file.as_raw_fd(), at, 1, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
-/// Whether the file is on ext4, ext3 or ext2.
-pub(super) fn is_on_ext4(file: &File) -> bool {
-    let host = nix::sys::statfs::fstatfs(file);
-    host.is_ok_and(|host| host.filesystem_type() == nix::sys::statfs::EXT4_SUPER_MAGIC)
+/// File systems whose flushes do not mean what those of others do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FileSystem {
+    /// ext4, ext3 or ext2: a flush may succeed that should not ([`journal_is_kept`]).
+    Ext4,
+    /// btrfs: a flush may fail for want of room for its log, and nothing is lost. The next one may have it.
+    Btrfs,
+    /// Any other.
+    Other,
+}
+
+impl FileSystem {
+    /// That of a file.
+    pub(super) fn of(file: &File) -> Self {
+        match nix::sys::statfs::fstatfs(file).map(|host| host.filesystem_type()) {
+            Ok(nix::sys::statfs::EXT4_SUPER_MAGIC) => FileSystem::Ext4,
+            Ok(nix::sys::statfs::BTRFS_SUPER_MAGIC) => FileSystem::Btrfs,
+            _ => FileSystem::Other,
+        }
+    }
 }
 
 /// Whether the file system still has its journal, where that is not told by a flush: once ext4 could not commit a

@@ -33,6 +33,8 @@ pub struct WriteBack {
     /// The file, opened once more. Nobody flushes by it, so that it is told of every failure, whichever of several flushes
     /// at a time the kernel tells through the other.
     witness: Option<File>,
+    /// A flush that finds no room has lost nothing, where the witness does not say so.
+    may_lack_room: bool,
     failed: AtomicBool,
     written: Written,
     state: Mutex<State>,
@@ -45,6 +47,8 @@ struct State {
     /// What was written before each flush under way.
     flushing: Vec<(u64, Bits)>,
     next: u64,
+    /// A flush has succeeded: what others wrote before this start is stable.
+    flushed: bool,
     /// Where something may be lost.
     lost: Bits,
 }
@@ -86,6 +90,12 @@ impl Written {
 
     fn take(&self) -> Bits {
         self.parts.each_ref().map(|word| word.swap(0, Ordering::AcqRel))
+    }
+
+    fn add(&self, more: &Bits) {
+        self.parts.iter().zip(more).for_each(|(word, more)| {
+            word.fetch_or(*more, Ordering::AcqRel);
+        });
     }
 
     fn now(&self) -> Bits {
@@ -138,14 +148,20 @@ impl fmt::Display for Ranges {
 impl WriteBack {
     /// Of a file of `size` bytes that is called so in the log. `witness` is the same file, opened once more.
     pub(super) fn of(name: String, size: u64, witness: Option<File>) -> Self {
-        let state = State { cause: None, flushing: Vec::new(), next: 0, lost: [0; WORDS] };
+        let (cause, flushing, lost) = (None, Vec::new(), [0; WORDS]);
         WriteBack {
             name,
             witness,
+            may_lack_room: false,
             failed: AtomicBool::new(false),
             written: Written::in_file(size),
-            state: Mutex::new(state),
+            state: Mutex::new(State { cause, flushing, next: 0, flushed: false, lost }),
         }
+    }
+
+    /// The same on a file system that may have no room for a flush, and have it later (btrfs).
+    pub(super) fn short_of_room(self) -> Self {
+        WriteBack { may_lack_room: true, ..self }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -183,8 +199,8 @@ impl WriteBack {
         self.failure()
     }
 
-    /// Does a call that makes everything stable that was written before; it is told whether there can be anything. What has failed before that is another question
-    /// ([`WriteBack::check`]).
+    /// Does a call that makes everything stable that was written before; it is told whether there can be anything. What has
+    /// failed before that is another question ([`WriteBack::check`]).
     ///
     /// # Errors
     /// If it could not, or the host tells of another failure meanwhile.
@@ -196,7 +212,7 @@ impl WriteBack {
             let mut state = self.state();
             let (number, before) = (state.next, self.written.take());
             // What another flush has not made stable yet is this one's, too.
-            let some = before != [0; WORDS] || !state.flushing.is_empty();
+            let some = before != [0; WORDS] || !state.flushing.is_empty() || !state.flushed;
             state.next += 1;
             state.flushing.push((number, before));
             (number, some)
@@ -206,7 +222,9 @@ impl WriteBack {
         let own = state.flushing.iter().position(|(other, _)| *other == number);
         let (_, before) =
             own.map_or((number, [0; WORDS]), |place| state.flushing.swap_remove(place));
-        self.judge(&mut state, done, &before)
+        let judged = self.judge(&mut state, done, &before);
+        state.flushed |= judged.is_ok();
+        judged
     }
 
     /// Does a call that makes a range stable.
@@ -233,10 +251,16 @@ impl WriteBack {
         before: &Bits,
     ) -> Result<(), StoreError> {
         let told = self.witness.as_ref().map_or(Ok(()), sys::write_back_error);
-        // The latter is about what is lost; a flush may also say what became of its file system since.
-        match told.and(done) {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.note(state, Cause::from(&error), before)),
+        let cause = |error: &io::Error| Cause::from(error);
+        match (&told, &done) {
+            (Ok(()), Ok(())) => Ok(()),
+            // This is about what is lost; a flush may also say what became of its file system since.
+            (Err(error), _) => Err(self.note(state, cause(error), before)),
+            (Ok(()), Err(error)) if self.may_lack_room && cause(error) == Cause::NoSpace => {
+                self.written.add(before);
+                Err(Cause::NoSpace.into())
+            }
+            (Ok(()), Err(error)) => Err(self.note(state, cause(error), before)),
         }
     }
 
@@ -358,6 +382,32 @@ mod tests {
         other.mark(65536..65537);
         other.flush(|_| failing(libc::EIO)).unwrap_err();
         assert_eq!(lost(&other), "65536-131071");
+    }
+
+    #[test]
+    fn a_flush_without_room_has_lost_nothing_where_that_can_be() {
+        let one = write_back(1 << 20).short_of_room();
+        one.mark(65536..65537);
+        assert_eq!(one.flush(|_| failing(libc::EDQUOT)), Err(Cause::NoSpace.into()));
+        assert_eq!(one.flush_range(0..1, || failing(libc::ENOSPC)), Err(Cause::NoSpace.into()));
+        assert_eq!(one.check(), Ok(()));
+        one.flush(|_| failing(libc::EIO)).unwrap_err();
+        assert_eq!((one.check().is_err(), lost(&one).as_str()), (true, "0-131071"));
+    }
+
+    #[test]
+    fn a_flush_knows_whether_there_is_anything_to_flush() {
+        let one = write_back(1 << 20);
+        let some = |write_back: &WriteBack| {
+            let told = std::cell::Cell::new(false);
+            write_back.flush(|some| Ok(told.set(some))).unwrap();
+            told.get()
+        };
+        assert!(some(&one), "of others, before the start");
+        assert!(!some(&one));
+        one.mark(0..1);
+        one.flush(|_| Ok(assert!(some(&one), "of the one that is under way"))).unwrap();
+        assert!(!some(&one));
     }
 
     #[test]
