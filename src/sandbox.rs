@@ -501,6 +501,8 @@ const TRANSFERS: &[i64] = &[
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
     libc::SYS_statx,
+    libc::SYS_sync_file_range,
+    libc::SYS_utimensat,
 ];
 
 const QUEUE: &[i64] = &[libc::SYS_eventfd2, libc::SYS_io_uring_enter, libc::SYS_ppoll];
@@ -512,7 +514,6 @@ const DISK: &[i64] = &[
     libc::SYS_fallocate,
     libc::SYS_fstatfs,
     libc::SYS_ftruncate,
-    libc::SYS_sync_file_range,
 ];
 
 const NAMES: &[i64] = &[libc::SYS_renameat, libc::SYS_renameat2, libc::SYS_unlinkat];

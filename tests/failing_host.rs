@@ -84,24 +84,47 @@ fn there_is_one_self_test_in_the_background_at_a_time() {
     eventually("it has ended", || test().is_good());
 }
 
-/// What a flush could not make safe is not called safe, whichever way the flush was asked for.
+/// What a flush could not make safe is not called safe, and that does not change when the next flush would succeed.
 #[test]
 fn a_failed_flush_is_told() {
-    for faults in ["flush:eio*1", "flush:enospc*1"] {
+    for (faults, code) in [
+        ("flush:eio*1", WRITE_ERROR),
+        ("flush:enospc*1", sense::SPACE_ALLOCATION_FAILED),
+        ("flush:erofs*1", sense::WRITE_PROTECTED),
+    ] {
         let daemon = failing(faults);
         let fe = FrontEnd::connect(&daemon);
         let lun = fe.ready_lun(0, 0);
         lun.write16(0, &[1; 4096]);
-        let answer = lun.run(cdb::synchronize_cache10(0, 0));
-        assert_eq!(answer.status, status::CHECK_CONDITION, "{faults}: {answer:?}");
+        for _ in 0..3 {
+            let flush = lun.run(cdb::synchronize_cache10(0, 0));
+            assert_eq!(flush.expect_sense(code).response_code, 0x70, "{faults}");
+        }
+        let fua = lun.run_out(cdb::write16(0, 8).byte(1, 8), &[1; 4096]);
+        fua.expect_sense(code);
+        lun.write16(0, &[2; 4096]);
+        assert_eq!(lun.read16(0, 8), [2; 4096]);
+    }
+}
+
+/// A write that fails at once has lost nothing but itself, stable or not.
+#[test]
+fn a_write_that_fails_at_once_is_no_loss() {
+    for (faults, options) in [
+        ("write:eio*1", ""),
+        ("write:enospc*1", ""),
+        ("write:eio*1", "cache=direct"),
+        ("write:eio*1", "cache=writethrough"),
+    ] {
+        let options = format!("{options},fault={faults}");
+        let daemon = Daemon::with_disk(SIZE, options.trim_start_matches(','));
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        let fua = || lun.run_out(cdb::write16(0, 8).byte(1, 8), &[1; 4096]);
+        assert_eq!(fua().status, status::CHECK_CONDITION, "{faults} {options}");
+        fua().expect_good();
         lun.synchronize_cache();
     }
-    // FUA where the write itself is made stable.
-    let daemon = failing("write:eio*1");
-    let fe = FrontEnd::connect(&daemon);
-    let lun = fe.ready_lun(0, 0);
-    let fua = lun.run_out(cdb::write16(0, 8).byte(1, 8), &[1; 4096]);
-    fua.expect_sense(WRITE_ERROR);
 }
 
 #[test]

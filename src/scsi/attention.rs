@@ -1,9 +1,9 @@
 //! Initiators and what each disk still has to tell them: unit attention conditions (SAM-6 5.14).
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::mode_pages::{AVAILABLE_AT, USED_AT};
-use super::sense::{Asc, Key, Sense, asc};
+use super::sense::{About, Asc, Key, ScsiError, Sense, asc};
 
 /// A condition to be reported once to each initiator, most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,32 +93,49 @@ impl UnitAttention {
 /// The conditions due to one initiator from one disk. A set, so that it is bounded however often a
 /// guest resets the disk, and free to look at on every command.
 #[derive(Debug, Default)]
-pub struct Attentions(AtomicU32);
+pub struct Attentions {
+    due: AtomicU32,
+    /// The initiator knows that the disk has lost writes. No reset changes that.
+    knows_loss: AtomicBool,
+}
 
 impl Attentions {
     /// Adds a condition.
     pub fn raise(&self, attention: UnitAttention) {
-        self.0.fetch_or(attention.bit(), Ordering::AcqRel);
+        self.due.fetch_or(attention.bit(), Ordering::AcqRel);
     }
 
     /// A reset: whatever was due before no longer matters.
     pub fn reset(&self, attention: UnitAttention) {
-        self.0.store(attention.bit(), Ordering::Release);
+        self.due.store(attention.bit(), Ordering::Release);
     }
 
     /// Takes out the most urgent condition, if there is one.
     pub fn take(&self) -> Option<UnitAttention> {
-        if self.0.load(Ordering::Acquire) == 0 {
+        if self.due.load(Ordering::Acquire) == 0 {
             return None;
         }
         UnitAttention::ALL
             .into_iter()
-            .find(|a| self.0.fetch_and(!a.bit(), Ordering::AcqRel) & a.bit() != 0)
+            .find(|a| self.due.fetch_and(!a.bit(), Ordering::AcqRel) & a.bit() != 0)
     }
 
     /// Takes back a condition that another answer has made known.
     pub fn clear(&self, attention: UnitAttention) {
-        self.0.fetch_and(!attention.bit(), Ordering::AcqRel);
+        self.due.fetch_and(!attention.bit(), Ordering::AcqRel);
+    }
+
+    /// The disk has lost writes: that is to be told now, unless it was.
+    #[cold]
+    pub fn learn_of_loss(&self) -> bool {
+        !self.knows_loss.swap(true, Ordering::AcqRel)
+    }
+
+    /// An answer with this error tells of the loss, if it does.
+    pub fn hears(&self, error: &ScsiError) {
+        if matches!(error, ScsiError::Check(sense) if sense.about != About::Command) {
+            self.knows_loss.store(true, Ordering::Release);
+        }
     }
 }
 
@@ -170,5 +187,18 @@ mod tests {
         a.reset(UnitAttention::PowerOnOrReset);
         assert_eq!(a.take(), Some(UnitAttention::PowerOnOrReset));
         assert_eq!(a.take(), None);
+    }
+
+    #[test]
+    fn a_loss_is_told_once_by_whatever_error() {
+        let (a, b) = (Attentions::default(), Attentions::default());
+        assert!(a.learn_of_loss() && !a.learn_of_loss());
+        a.reset(UnitAttention::PowerOnOrReset);
+        assert!(!a.learn_of_loss());
+        b.hears(&ScsiError::Busy);
+        b.hears(&ScsiError::LBA_OUT_OF_RANGE);
+        let lost = Sense { about: About::Cache, ..Sense::new(Key::MediumError, asc::WRITE_ERROR) };
+        b.hears(&ScsiError::Check(lost));
+        assert!(!b.learn_of_loss());
     }
 }

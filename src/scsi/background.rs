@@ -190,12 +190,17 @@ impl Background {
 /// when the disk takes no commands any more.
 ///
 /// # Errors
-/// If one is under way, or only another would mend the disk, or it cannot be noted, or there is no thread for it.
+/// If one is under way, or only another would mend the disk, or it cannot be noted, or there is no thread for it, or
+/// nothing of the disk can be called stable.
 pub fn start(
     lun: &Arc<Lun>,
     work: Work,
     first: impl FnOnce() + Send + 'static,
 ) -> Result<Started, ScsiError> {
+    if let Some(loss) = lun.loss() {
+        // It would fail at its end, when it is made stable.
+        return Err(ScsiError::from_store(loss, true, lun.block_size()));
+    }
     let background = lun.background();
     let (before, started) = {
         let mut state = background.state();

@@ -56,30 +56,35 @@ fn on_disk(
         ),
         Reply::Transfer(operation, bytes) => {
             let writing = command.access == Access::Write;
-            Plan::Transfer(Transfer { bytes, writing }, operation)
+            Plan::Transfer(Transfer::of(&operation, bytes, writing), operation)
         }
         Reply::Job(job) => {
-            plan_job(command, lun, Need::Nothing, Box::new(move |cancel, _| job(cancel)), None)
+            let job = Box::new(move |cancel: &Cancel, _: &dyn Store| job(cancel));
+            plan_job(command, nexus, lun, Need::Nothing, job, None)
         }
-        Reply::Needy(need, job) => plan_job(command, lun, need, job, None),
+        Reply::Needy(need, job) => plan_job(command, nexus, lun, need, job, None),
         Reply::Begins(job, begin) => {
             let job = Box::new(move |cancel: &Cancel, _: &dyn Store| job(cancel));
-            plan_job(command, lun, Need::Nothing, job, Some(begin))
+            plan_job(command, nexus, lun, Need::Nothing, job, Some(begin))
         }
     }
 }
 
 fn plan_job(
     command: &Command,
+    nexus: &Arc<Nexus>,
     lun: &Arc<Lun>,
     need: Need,
     job: NeedyFn,
     begin: Option<Sender<()>>,
 ) -> Plan {
-    let on = Arc::clone(lun);
+    let (on, nexus) = (Arc::clone(lun), Arc::clone(nexus));
     let work = move |cancel: &Cancel, store: &dyn Store| match job(cancel, store) {
         Ok(transferred) => Outcome::good(transferred),
-        Err(error) => on.failed(error),
+        Err(error) => {
+            nexus.attentions(on.index()).hears(&error);
+            on.failed(error)
+        }
     };
     let job = Job { need, work: Box::new(work) };
     Plan::Job(Work { job, at_medium: command.is_at_medium(), begin })
@@ -93,8 +98,8 @@ fn without_disk(target: &Target, number: u8, request: &Request, missing: Missing
 }
 
 /// What every command is checked for before its handler sees it, in the order of SAM-6 5.3.3 and
-/// SPC-5: known operation, unit attention, reservations, reserved bits, operation under way, readiness, write
-/// protection.
+/// SPC-5: known operation, unit attention, deferred error, reservations, reserved bits, operation under way, readiness,
+/// write protection.
 fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command, ScsiError> {
     let command = cmd::find_on(lun, &request.cdb);
     // A condition that arose with the restart is for commands that were given after it: one that was given before was
@@ -102,6 +107,9 @@ fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command
     let exempt = request.again || command.as_ref().is_ok_and(|c| c.exempt_from_attention);
     if !exempt && let Some(attention) = nexus.attentions(lun.index()).take() {
         return Err(ScsiError::Check(attention.sense()));
+    }
+    if !exempt && let Some(error) = lun.deferred_error(nexus) {
+        return Err(ScsiError::Check(error));
     }
     let command = command?;
     lun.reservations().check(nexus.port(), command.conflict, &request.cdb)?;

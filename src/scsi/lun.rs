@@ -6,15 +6,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Outcome;
 use super::address::LunNumber;
+use super::attention::Nexus;
 use super::background::Background;
 use super::cmd::buffer::Scratch;
 use super::cmd::identity::Clock;
 use super::mode_pages::Pages;
 use super::provisioning::SpaceWatch;
 use super::reservations::Reservations;
-use super::sense::{Key, ScsiError, Sense, asc};
+use super::sense::{About, Key, ScsiError, Sense, asc};
 use super::statistics::{Activity, Statistics};
-use crate::store::{Capabilities, Durability, Exclusion, Host, Store, StoreError};
+use crate::store::{Capabilities, Durability, Exclusion, Host, Store, StoreError, WriteBack};
 
 /// Most bytes that one command may transfer or verify (VPD B0 MAXIMUM TRANSFER LENGTH).
 pub const MAX_TRANSFER: u64 = 32 << 20;
@@ -67,6 +68,7 @@ pub struct Lun {
     index: usize,
     store: Arc<dyn Store>,
     exclusion: Arc<Exclusion>,
+    write_back: Option<Arc<WriteBack>>,
     host: Arc<Host>,
     waits_for_host: bool,
     blocks: AtomicU64,
@@ -120,12 +122,14 @@ impl Lun {
         let pages = Pages::new(settings.write_cache, watched, store.notes());
         let reservations = Reservations::of(store.notes());
         let (host, waits_for_host) = (Host::of_device(can.device), !can.in_memory);
+        let write_back = store.write_back().cloned();
         let exclusion = Arc::new(Exclusion::around(store));
         let lun = Lun {
             settings,
             index,
             store: Arc::<Exclusion>::clone(&exclusion),
             exclusion,
+            write_back,
             host,
             waits_for_host,
             blocks: AtomicU64::new(0),
@@ -160,6 +164,28 @@ impl Lun {
     /// Who has blocks of it for himself.
     pub fn exclusion(&self) -> &Exclusion {
         &self.exclusion
+    }
+
+    /// Why writes that were answered may be lost, if the host could not write them back. As long as that is so, whoever
+    /// needs something to be stable is refused.
+    #[inline]
+    pub fn loss(&self) -> Option<StoreError> {
+        self.write_back.as_ref()?.failure()
+    }
+
+    /// The deferred error that is due to an initiator.
+    #[inline]
+    pub fn deferred_error(&self, nexus: &Nexus) -> Option<Sense> {
+        self.deferred(self.loss()?, nexus)
+    }
+
+    #[cold]
+    fn deferred(&self, loss: StoreError, nexus: &Nexus) -> Option<Sense> {
+        let due = nexus.attentions(self.index).learn_of_loss();
+        match ScsiError::from_store(loss, true, self.block_size()) {
+            ScsiError::Check(sense) if due => Some(Sense { about: About::Deferred, ..sense }),
+            _ => None,
+        }
     }
 
     /// What is known of the host below it.
@@ -281,16 +307,38 @@ impl Lun {
         self.is_thin() && self.store.capabilities().reserves
     }
 
-    /// What a command that writes other than by plain writes does at its end: where its effect must
-    /// be stable before it is answered, it is made so.
+    /// What a command that writes does at its end if that was not stable: where its effect must be stable before it
+    /// is answered, it is made so. The write cache may have been switched off since it was planned.
     ///
     /// # Errors
     /// If the store cannot make it stable.
     pub fn settle(&self, durability: Durability) -> Result<(), ScsiError> {
-        if durability == Durability::Cached {
+        if durability == Durability::Cached && self.pages.write_cache() {
             return Ok(());
         }
         self.store.flush().map_err(|e| ScsiError::from_store(e, true, self.block_size()))
+    }
+
+    /// The same at the end of a write that was made with this durability.
+    ///
+    /// # Errors
+    /// As [`Lun::settle`].
+    pub fn settle_written(&self, written: Durability) -> Result<(), ScsiError> {
+        match written {
+            Durability::Stable => Ok(()),
+            Durability::Cached => self.settle(written),
+        }
+    }
+
+    /// Makes everything stable that was written; on a disk that is only read, nothing was.
+    ///
+    /// # Errors
+    /// If the store cannot.
+    pub fn flush(&self) -> Result<(), ScsiError> {
+        match self.store.capabilities().read_only {
+            true => Ok(()),
+            false => self.settle(Durability::Stable),
+        }
     }
 
     /// MAXIMUM TRANSFER LENGTH in blocks.
@@ -316,13 +364,18 @@ impl Lun {
         self.set_started(start);
     }
 
-    /// Commands that reach the medium need a started disk.
+    /// Commands that reach the medium need a started disk, which has a medium.
     ///
     /// # Errors
-    /// 02/04/02 if it is stopped.
+    /// 02/04/02 if it is stopped, 02/04/03 if its file has become so short that it has no blocks: there is no capacity
+    /// that would say so.
     pub fn check_ready(&self) -> Result<(), ScsiError> {
-        let sense = Sense::new(Key::NotReady, asc::NOT_READY_INITIALIZING_COMMAND_REQUIRED);
-        if self.is_started() { Ok(()) } else { Err(ScsiError::Check(sense)) }
+        let asc = match (self.is_started(), self.blocks()) {
+            (true, 1..) => return Ok(()),
+            (true, 0) => asc::NOT_READY_MANUAL_INTERVENTION_REQUIRED,
+            (false, _) => asc::NOT_READY_INITIALIZING_COMMAND_REQUIRED,
+        };
+        Err(ScsiError::Check(Sense::new(Key::NotReady, asc)))
     }
 
     /// Whether nothing may be written, for whatever reason (the WP bit of MODE SENSE).
@@ -362,8 +415,22 @@ impl Lun {
     /// (SAM-6 6.3.3; there are no saved ones).
     pub fn reset(&self) {
         self.set_started(true);
+        let cached = self.pages.write_cache();
         self.pages.reset();
         self.reservations.reset();
+        if cached && !self.pages.write_cache() {
+            // Nobody flushes a disk without a write cache, and there may be something in it.
+            let store = Arc::clone(&self.store);
+            let begun = self.store.pool().run(Box::new(move || {
+                let _ = store.flush();
+            }));
+            if begun.is_err() {
+                log::warn!(
+                    "{}: no thread to flush what was written before the reset",
+                    self.settings.serial
+                );
+            }
+        }
     }
 }
 

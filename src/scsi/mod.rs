@@ -22,7 +22,7 @@ pub mod wire;
 use std::sync::mpsc::Sender;
 
 use crate::store::engine::Job;
-use crate::store::{Buffers, Cause, Operation, StoreError};
+use crate::store::{Buffers, Cause, Durability, Operation, StoreError};
 
 pub use address::LunNumber;
 pub use attention::{Nexus, Port, UnitAttention};
@@ -73,12 +73,28 @@ pub struct Transfer {
     pub bytes: usize,
     /// Whether it writes to the medium.
     pub writing: bool,
+    /// Whether it leaves what it writes in the write cache.
+    cached: bool,
 }
 
 impl Transfer {
+    /// What an operation is that is about to be done for a command.
+    pub fn of(operation: &Operation, bytes: usize, writing: bool) -> Self {
+        let cached = matches!(operation, Operation::Write { durability: Durability::Cached, .. });
+        Transfer { bytes, writing, cached }
+    }
+
+    /// What there is to do before it is answered, if the write cache was switched off since it was planned: who did that
+    /// has flushed what had been written by then, and no more.
+    pub fn owed(&self, lun: &Lun, result: &Result<(), StoreError>) -> Option<(Self, Operation)> {
+        let owes = self.cached && result.is_ok() && !lun.pages().write_cache();
+        owes.then_some((Transfer { cached: false, ..*self }, Operation::Flush))
+    }
+
     /// The command's outcome from that of the disk's store.
     pub fn finish(&self, lun: &Lun, result: Result<(), StoreError>) -> Outcome {
-        let activity = if self.writing { Activity::Write } else { Activity::Read };
+        let lost = matches!(result, Err(error) if error.lost);
+        let activity = if self.writing || lost { Activity::Write } else { Activity::Read };
         match result {
             Ok(()) => {
                 if self.bytes > 0 {

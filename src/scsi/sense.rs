@@ -30,6 +30,7 @@ pub mod asc {
     pub const IO_PROCESS_TERMINATED: Asc = 0x0006;
     pub const OPERATION_IN_PROGRESS: Asc = 0x0016;
     pub const NOT_READY_INITIALIZING_COMMAND_REQUIRED: Asc = 0x0402;
+    pub const NOT_READY_MANUAL_INTERVENTION_REQUIRED: Asc = 0x0403;
     pub const NOT_READY_FORMAT_IN_PROGRESS: Asc = 0x0404;
     pub const NOT_READY_SELF_TEST_IN_PROGRESS: Asc = 0x0409;
     pub const NOT_READY_SANITIZE_IN_PROGRESS: Asc = 0x041b;
@@ -100,6 +101,20 @@ pub struct Sense {
     pub information: Option<u64>,
     /// COMMAND-SPECIFIC INFORMATION.
     pub command_specific: Option<u64>,
+    /// What it is about.
+    pub about: About,
+}
+
+/// What sense data is about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum About {
+    /// The command that it ends.
+    #[default]
+    Command,
+    /// Writes that were answered before, and which the command was to make stable: the host has lost them.
+    Cache,
+    /// The same, told with a command that has nothing to do with it: a deferred error (SPC-5 4.4.4).
+    Deferred,
 }
 
 /// Sense key specific data (SPC-5 4.4.2.4).
@@ -125,12 +140,18 @@ pub struct FieldPointer {
 impl Sense {
     /// Sense data without details.
     pub const fn new(key: Key, asc: Asc) -> Self {
-        Sense { key, asc, specific: None, information: None, command_specific: None }
+        let about = About::Command;
+        Sense { key, asc, specific: None, information: None, command_specific: None, about }
     }
 
-    /// Encodes in fixed (70h) or descriptor (72h) format.
+    /// Encodes in fixed (70h, or 71h if it is deferred) or descriptor (72h, 73h) format.
     pub fn encode(&self, descriptor_format: bool) -> Vec<u8> {
         if descriptor_format { self.encode_descriptors() } else { self.encode_fixed() }
+    }
+
+    /// What is added to the response code of a deferred error.
+    fn deferred(&self) -> u8 {
+        u8::from(self.about == About::Deferred)
     }
 
     fn encode_fixed(&self) -> Vec<u8> {
@@ -143,7 +164,7 @@ impl Sense {
         let [c0, c1, c2, c3] = command.to_be_bytes();
         let valid = if information.is_some() { 0x80 } else { 0 };
         vec![
-            0x70 | valid,
+            0x70 | self.deferred() | valid,
             0,
             self.key as u8,
             i0,
@@ -180,7 +201,7 @@ impl Sense {
             descriptors.extend([0x02, 0x06, 0, 0, s0, s1, s2, 0]);
         }
         let len = u8::try_from(descriptors.len()).unwrap_or(u8::MAX);
-        let mut sense = vec![0x72, self.key as u8, asc, ascq, 0, 0, 0, len];
+        let mut sense = vec![0x72 | self.deferred(), self.key as u8, asc, ascq, 0, 0, 0, len];
         sense.append(&mut descriptors);
         sense
     }
@@ -260,8 +281,11 @@ impl ScsiError {
     }
 
     /// The one map from what the host said to what the initiator hears. INFORMATION is the first
-    /// logical block that was not transferred.
+    /// logical block that was not transferred. Where a flush has failed, something was not written, whatever the command
+    /// that flushed does itself.
     pub fn from_store(error: StoreError, writing: bool, block_size: u32) -> Self {
+        let writing = writing || error.lost;
+        let about = if error.lost { About::Cache } else { About::Command };
         let (key, asc) = match error.cause {
             Cause::NoSpace => (Key::DataProtect, asc::SPACE_ALLOCATION_FAILED),
             Cause::ReadOnly => (Key::DataProtect, asc::WRITE_PROTECTED),
@@ -271,7 +295,7 @@ impl ScsiError {
             Cause::Cancelled => return ScsiError::Aborted,
         };
         let information = error.at.map(|at| at / u64::from(block_size.max(1)));
-        ScsiError::Check(Sense { information, ..Sense::new(key, asc) })
+        ScsiError::Check(Sense { information, about, ..Sense::new(key, asc) })
     }
 }
 
@@ -297,6 +321,18 @@ mod tests {
         assert_eq!(bytes[8..], [0, 10, 0x80, 0, 0, 0, 0, 1, 0, 0, 0, 0]);
         let small = Sense { information: Some(7), ..sense };
         assert_eq!(small.encode(false)[..7], [0xf0, 0, 3, 0, 0, 0, 7]);
+    }
+
+    #[test]
+    fn what_the_cache_has_lost_is_a_write_error_and_may_be_deferred() {
+        for (cause, asc) in [(Cause::Medium, asc::WRITE_ERROR), (Cause::NoSpace, 0x2707)] {
+            let error = ScsiError::from_store(StoreError::lost(cause), false, 512);
+            let ScsiError::Check(sense) = error else { panic!() };
+            assert_eq!((sense.asc, sense.about, sense.information), (asc, About::Cache, None));
+            assert_eq!((sense.encode(false)[0], sense.encode(true)[0]), (0x70, 0x72));
+            let deferred = Sense { about: About::Deferred, ..sense };
+            assert_eq!((deferred.encode(false)[0], deferred.encode(true)[0]), (0x71, 0x73));
+        }
     }
 
     #[test]

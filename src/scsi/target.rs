@@ -124,6 +124,10 @@ impl Target {
         all.retain(|n| n.strong_count() > 0);
         all.push(Arc::downgrade(&nexus));
         drop(all);
+        // What was lost before it came is none of its own writes; its flushes fail all the same.
+        for disk in self.disks.iter().filter(|disk| disk.loss().is_some()) {
+            nexus.attentions(disk.index()).learn_of_loss();
+        }
         self.power_on(&nexus);
         nexus
     }

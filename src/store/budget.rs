@@ -17,7 +17,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use super::copy::{CopyError, Method, Side};
 use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Pool, RingFile,
-    Snapshot, Space, Store, StoreError,
+    Snapshot, Space, Store, StoreError, WriteBack,
 };
 
 /// Extents looked at in one go.
@@ -189,6 +189,10 @@ impl<S: Store> Store for Budget<S> {
 
     fn flush(&self) -> Result<(), StoreError> {
         self.store.flush()
+    }
+
+    fn write_back(&self) -> Option<&Arc<WriteBack>> {
+        self.store.write_back()
     }
 
     fn prefetch(&self, offset: u64, len: u64) -> Result<(), StoreError> {

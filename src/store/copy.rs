@@ -6,8 +6,9 @@
 
 use std::cmp::Ordering;
 use std::ops::Range;
+use std::sync::Arc;
 
-use super::{Cause, Durability, Hold, Kind, Piece, Store, StoreError, pieces};
+use super::{Cause, Durability, Hold, Kind, Piece, Store, StoreError, WriteBack, pieces};
 
 /// A way to move data between two files without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -294,8 +295,11 @@ impl<'a> Copy<'a> {
     ) -> Result<Option<u64>, Failure> {
         let Some(file) = self.from.file() else { return Ok(None) };
         let taken = self.to.behind().unwrap_or(self.to).take(file, from, to, len, how);
+        // What is shared is what the host has written back, which is to be what is read.
+        let is_lost = |write_back: &Arc<WriteBack>| write_back.look().is_some();
         match taken {
             Err(StoreError { cause: Cause::Medium, .. }) => Ok(None),
+            Ok(Some(_)) if self.from.write_back().is_some_and(is_lost) => Ok(None),
             other => other.map_err(|error| (Side::Destination, error)),
         }
     }

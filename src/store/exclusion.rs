@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use super::copy::{CopyError, Method};
 use super::{
     Buffers, Capabilities, Durability, Extent, Kind, Notes, Operation, Pool, RingFile, Snapshot,
-    Space, Store, StoreError,
+    Space, Store, StoreError, WriteBack,
 };
 
 /// Places to count in.
@@ -338,6 +338,10 @@ impl Store for Exclusion {
 
     fn flush(&self) -> Result<(), StoreError> {
         self.store.flush()
+    }
+
+    fn write_back(&self) -> Option<&Arc<WriteBack>> {
+        self.store.write_back()
     }
 
     fn prefetch(&self, offset: u64, len: u64) -> Result<(), StoreError> {

@@ -4,13 +4,14 @@
 use std::fs::File;
 use std::ops::Range;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::copy::{CopyError, Method, Side};
 use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Pool, RingFile,
-    Snapshot, Space, Store, StoreError,
+    Snapshot, Space, Store, StoreError, WriteBack,
 };
 
 /// What a fault is about.
@@ -139,6 +140,16 @@ impl<S: Store> Faults<S> {
         Ok(None)
     }
 
+    /// What happens to a flush: what was written before is lost, but where the call could not even begin.
+    fn strike_flush(&self) -> Result<(), StoreError> {
+        let struck = self.strike(Target::Flush, &(0..u64::MAX)).map(drop);
+        struck.map_err(|error| match (error.cause, self.store.write_back()) {
+            (Cause::Busy, _) => Cause::Busy.into(),
+            (cause, Some(write_back)) => write_back.fail(cause),
+            (cause, None) => StoreError::lost(cause),
+        })
+    }
+
     /// Does `whole`, or as much of it as a fault leaves, by `part`.
     fn run(
         &self,
@@ -210,7 +221,11 @@ impl<S: Store> Store for Faults<S> {
 
     fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), StoreError> {
         let part = |range| self.store.write(offset, &first(from, &range), durability);
-        self.run(Target::Write, bytes(offset, from), part)
+        self.run(Target::Write, bytes(offset, from), part)?;
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Stable => self.strike_flush(),
+        }
     }
 
     fn overwrite(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
@@ -220,14 +235,17 @@ impl<S: Store> Store for Faults<S> {
 
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         self.strike(Target::Write, &bytes(offset, from))?;
-        self.store.write_whole(offset, from)
+        self.store.write_whole(offset, from)?;
+        self.strike_flush()
     }
 
     fn flush(&self) -> Result<(), StoreError> {
-        // Nobody knows where in the disk it failed.
-        self.strike(Target::Flush, &(0..u64::MAX))
-            .map_err(|error| StoreError::from(error.cause))?;
+        self.strike_flush()?;
         self.store.flush()
+    }
+
+    fn write_back(&self) -> Option<&Arc<WriteBack>> {
+        self.store.write_back()
     }
 
     fn prefetch(&self, offset: u64, len: u64) -> Result<(), StoreError> {
@@ -339,7 +357,7 @@ mod tests {
         write(8192).unwrap();
         assert_eq!(write(4096), Err(StoreError::at(Cause::Medium, 4096)));
         write(0).unwrap();
-        assert_eq!(store.flush(), Err(Cause::NoSpace.into()));
+        assert_eq!(store.flush(), Err(StoreError::lost(Cause::NoSpace)));
         store.flush().unwrap();
         write(65536).unwrap();
         let into = Buffers::zeroed(8192).unwrap();

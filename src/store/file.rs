@@ -19,9 +19,10 @@ use super::journal::{self, Journal};
 use super::lock::{LockError, lock_image_soon};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
+use super::sys::FileSystem;
 use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Piece, Pool,
-    RingFile, Snapshot, Space, Store, StoreError, sys,
+    RingFile, Snapshot, Space, Store, StoreError, WriteBack, sys,
 };
 use crate::sandbox::Role;
 
@@ -56,6 +57,7 @@ pub struct FileStore {
     block_device: bool,
     /// Whether it is open with O_DIRECT.
     direct: bool,
+    file_system: FileSystem,
     /// Whether transfers can be left to the kernel, which has no need of a thread for each (FMODE_NOWAIT): not on FUSE
     /// and NFS.
     in_ring: bool,
@@ -67,6 +69,7 @@ pub struct FileStore {
     /// Who tells in its place, for a loop device.
     backing: Option<BackingFile>,
     at_once: AtOnce,
+    write_back: Arc<WriteBack>,
     deallocate: Ladder,
     reserve: Ladder,
     notes: Notes,
@@ -155,8 +158,17 @@ impl FileStore {
             ),
             LockError::Host(e) => format!("cannot be locked: {}", plain(&e)).into(),
         })?;
+        let witness = witness(&file, path)?;
         let mut store = Self::assemble(file, path, block_device, options)?;
         store.check_size(options.block_size)?;
+        // Before anything is written: what failed before this start and was told to nobody is not to be taken for ours.
+        let size = store.size_bytes().map_err(|e| plain(&e))?;
+        let write_back = WriteBack::of(path.display().to_string(), size, Some(witness));
+        store.write_back = Arc::new(match store.file_system {
+            FileSystem::Btrfs => write_back.short_of_room(),
+            FileSystem::Ext4 | FileSystem::Other => write_back,
+        });
+        store.write_back.look();
         // Nothing can be kept beside a device node: /dev is made anew by every boot.
         if !block_device {
             let image = stable_name(path).map_err(|e| plain(&e))?;
@@ -187,7 +199,7 @@ impl FileStore {
         let journal = Journal::of(directory, image)?;
         if options.locking {
             journal.recover(options.read_only, |offset, data| {
-                let written = self.write(offset, data, Durability::Stable);
+                let written = self.write_stable(offset, data);
                 written.map_err(|e| io::Error::other(e.to_string()))
             })?;
         }
@@ -260,6 +272,7 @@ impl FileStore {
                 if shares { "reflink" } else { "bytes" }
             ),
         };
+        let file_system = if block_device { FileSystem::Other } else { FileSystem::of(&file) };
         let in_ring = sys::has_nowait(&file, u64::from(transfer_align));
         let at_once = AtOnce::of(&file, options.direct);
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
@@ -268,12 +281,14 @@ impl FileStore {
             file,
             block_device,
             direct: options.direct,
+            file_system,
             in_ring,
             capabilities,
             memory_align,
             knowledge,
             backing,
             at_once,
+            write_back: unwatched(),
             deallocate,
             reserve,
             notes: Notes::in_memory(),
@@ -331,7 +346,7 @@ impl FileStore {
         let file = directory.unnamed_file().map_err(host)?;
         file.set_len(end).map_err(host)?;
         let store = self.over_snapshot(file);
-        let mut done = 0;
+        let (mut done, mut written) = (0, false);
         for (range, start) in ranges.iter().zip(&starts) {
             let mut step = |more| go_on(done + more);
             let mut copy = copy::Copy::new(self, &store, Holes::Stay, &mut step);
@@ -339,7 +354,12 @@ impl FileStore {
                 Side::Source => CopyError { done: done + error.done, ..error },
                 Side::Destination => own(error.error.cause, done + error.done),
             })?;
+            written |= copy.moved().copied + copy.moved().offloaded > 0;
             done += range.end - range.start;
+        }
+        // It is read for as long as an hour, and nobody would be told that the host has not written back what was copied.
+        if written {
+            store.sync().map_err(|error| own(error.cause, done))?;
         }
         Ok(Snapshot { store: Box::new(store), starts, charge: None })
     }
@@ -350,12 +370,14 @@ impl FileStore {
             file,
             block_device: false,
             direct: false,
+            file_system: self.file_system,
             in_ring: false,
             capabilities: Capabilities { transfer_align: 1, ..self.capabilities.clone() },
             memory_align: 1,
             knowledge: self.knowledge,
             backing: None,
             at_once: AtOnce::never(),
+            write_back: unwatched(),
             deallocate: Ladder::new(DEALLOCATE),
             reserve: Ladder::new(RESERVE),
             notes: Notes::in_memory(),
@@ -416,20 +438,105 @@ impl FileStore {
         Ok(())
     }
 
-    fn write_all(
-        &self,
-        offset: u64,
-        from: &Buffers,
-        durability: Durability,
-    ) -> Result<(), StoreError> {
-        let stable = durability == Durability::Stable;
+    fn write_all(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         let done = Self::all(offset, from.len(), |done| {
-            sys::write(&self.file, offset, from, done, stable)
+            sys::write(&self.file, offset, from, done, false)
         })?;
         match done == from.len() {
             true => Ok(()),
             false => Err(StoreError::at(Cause::Medium, offset + done as u64)),
         }
+    }
+
+    fn write_cached(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        let written = match self.is_usable(from) {
+            true => self.write_all(offset, from),
+            false => Self::in_pieces(offset, from.len(), |at, piece, done| {
+                piece.copy_from(0, from, done, piece.len());
+                self.write_all(at, piece)
+            }),
+        };
+        self.write_back.mark(bytes(offset, from.len()));
+        written
+    }
+
+    /// Writes, and then flushes what was written: an error of a write that does both (RWF_DSYNC) would not say which of the
+    /// two has failed, and what only failed to be written is no reason to mistrust everything that was written before.
+    fn write_stable(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        self.write_cached(offset, from)?;
+        self.stabilize(offset, from)
+    }
+
+    /// Flushes what was just written. In the page cache that is written once more, as there is no other call that flushes
+    /// a part of a file; now it can fail only for the flush.
+    fn stabilize(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        if self.direct {
+            return self.sync();
+        }
+        let range = bytes(offset, from.len());
+        let flushed = self.write_back.flush_range(range, || {
+            let mut done = 0;
+            while done < from.len() {
+                match sys::write(&self.file, offset, from, done, true) {
+                    Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                    Ok(more) => done += more,
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            self.journal_is_kept()
+        });
+        flushed
+            .map_err(|error| if error.lost { error } else { StoreError::at(error.cause, offset) })
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        self.write_back.flush(|some| {
+            self.file.sync_data()?;
+            if some { self.journal_is_kept() } else { Ok(()) }
+        })
+    }
+
+    /// Whether a flush that succeeded can be believed.
+    fn journal_is_kept(&self) -> io::Result<()> {
+        match self.file_system {
+            FileSystem::Ext4 if !self.capabilities.read_only => sys::journal_is_kept(&self.file),
+            _ => Ok(()),
+        }
+    }
+
+    /// Has an atomic write ended that failed halfway, before anybody gets at its blocks.
+    fn end_atomic(&self, range: &Range<u64>) -> Result<(), StoreError> {
+        match &self.journal {
+            None => Ok(()),
+            Some(journal) => journal.finish(range, |offset, from| self.write_stable(offset, from)),
+        }
+    }
+
+    /// Whether nobody has to wait for the end of one.
+    fn is_whole(&self) -> bool {
+        !self.journal.as_ref().is_some_and(Journal::is_unfinished)
+    }
+}
+
+fn bytes(offset: u64, len: usize) -> Range<u64> {
+    offset..offset.saturating_add(len as u64)
+}
+
+/// For a file that is only looked at, or whose writes are flushed by who makes them.
+fn unwatched() -> Arc<WriteBack> {
+    Arc::new(WriteBack::of(String::new(), 0, None))
+}
+
+/// The same file, opened once more, to be told of errors of write-back.
+fn witness(file: &File, path: &Path) -> Result<File, OpenError> {
+    let changed = "changed while it was being opened; try again";
+    let witness = File::open(path).map_err(|e| format!("cannot be opened: {}", plain(&e)))?;
+    let (one, other) = (file.metadata(), witness.metadata());
+    let (one, other) = (one.map_err(|e| plain(&e))?, other.map_err(|e| plain(&e))?);
+    match (one.dev(), one.ino()) == (other.dev(), other.ino()) {
+        true => Ok(witness),
+        false => Err(changed.into()),
     }
 }
 
@@ -443,6 +550,7 @@ impl Store for FileStore {
     }
 
     fn read(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
+        self.end_atomic(&bytes(offset, into.len()))?;
         if self.is_usable(into) {
             return self.read_all(offset, into);
         }
@@ -454,9 +562,6 @@ impl Store for FileStore {
     }
 
     fn read_medium(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
-        if !self.capabilities.read_only {
-            self.flush()?;
-        }
         let len = into.len() as u64;
         if let (Ok(at), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) {
             // Clean pages are dropped, so that the read goes to the device. Where the host keeps
@@ -467,19 +572,20 @@ impl Store for FileStore {
     }
 
     fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), StoreError> {
-        if self.is_usable(from) {
-            return self.write_all(offset, from, durability);
+        if durability == Durability::Stable {
+            self.write_back.check()?;
         }
-        // One flush at the end is cheaper than one for each piece.
-        let mut stable = false;
-        Self::in_pieces(offset, from.len(), |at, piece, done| {
-            piece.copy_from(0, from, done, piece.len());
-            stable = durability == Durability::Stable && piece.len() == from.len();
-            self.write_all(at, piece, if stable { durability } else { Durability::Cached })
-        })?;
-        match durability {
-            Durability::Stable if !stable => self.flush(),
-            Durability::Stable | Durability::Cached => Ok(()),
+        self.end_atomic(&bytes(offset, from.len()))?;
+        let written = match durability {
+            Durability::Cached => self.write_cached(offset, from),
+            Durability::Stable => self.write_stable(offset, from),
+        };
+        // A host that fails now may have failed to write back before. It is not asked when all goes well: a flush will.
+        let lost =
+            if written.is_err() { self.write_back.look() } else { self.write_back.failure() };
+        match (durability, lost) {
+            (Durability::Stable, Some(lost)) => Err(lost),
+            _ => written,
         }
     }
 
@@ -494,10 +600,14 @@ impl Store for FileStore {
     }
 
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
-        if self.direct && self.is_usable(from) {
+        // Asked, as the journal may be what has no room.
+        self.write_back.look().map_or(Ok(()), Err)?;
+        if self.direct && self.is_usable(from) && self.is_whole() {
             // Where the device can do it, and the range is one that it does. Otherwise nothing was written.
             if sys::write_torn_free(&self.file, offset, from).is_ok() {
-                return Ok(());
+                self.write_back.mark(bytes(offset, from.len()));
+                self.stabilize(offset, from)?;
+                return self.write_back.check();
             }
         }
         let Some(journal) = &self.journal else {
@@ -505,11 +615,18 @@ impl Store for FileStore {
         };
         let room = sys::allocate(&self.file, offset, from.len() as u64);
         room.map_err(|e| StoreError::at(Cause::from(&e), offset))?;
-        journal.write(offset, from, || self.write(offset, from, Durability::Stable))
+        journal.write(offset, from, |offset, from| self.write_stable(offset, from))?;
+        self.write_back.check()
     }
 
     fn flush(&self) -> Result<(), StoreError> {
-        self.file.sync_data().map_err(|e| Cause::from(&e).into())
+        // Also when it has failed before: what can still be saved is.
+        let flushed = self.sync();
+        self.write_back.check().and(flushed)
+    }
+
+    fn write_back(&self) -> Option<&Arc<WriteBack>> {
+        Some(&self.write_back)
     }
 
     fn prefetch(&self, offset: u64, len: u64) -> Result<(), StoreError> {
@@ -530,21 +647,30 @@ impl Store for FileStore {
     }
 
     fn deallocate(&self, range: Range<u64>) -> Result<(), StoreError> {
+        self.end_atomic(&range)?;
         let block = u64::from(self.capabilities.host_block);
-        if self.block_device {
-            return self.deallocate.run_aligned(&self.file, &range, block);
-        }
-        let range = extents::without_empty_ends(&self.file, self.knowledge, range, block);
-        self.deallocate.run(&self.file, &range)
+        let range = match self.block_device {
+            true => range,
+            false => extents::without_empty_ends(&self.file, self.knowledge, range, block),
+        };
+        let done = match self.block_device {
+            true => self.deallocate.run_aligned(&self.file, &range, block),
+            false => self.deallocate.run(&self.file, &range),
+        };
+        self.write_back.mark(range);
+        done
     }
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
-        match self.block_device {
+        self.end_atomic(&range)?;
+        let done = match self.block_device {
             true => {
                 self.reserve.run_aligned(&self.file, &range, self.capabilities.host_block.into())
             }
             false => self.reserve.run(&self.file, &range),
-        }
+        };
+        self.write_back.mark(range);
+        done
     }
 
     fn zeroes_at_a_time(&self, into: Kind) -> u64 {
@@ -559,6 +685,9 @@ impl Store for FileStore {
     }
 
     fn try_now(&self, operation: &Operation) -> Option<Result<(), StoreError>> {
+        if !self.is_whole() {
+            return None;
+        }
         let (result, len) = match operation {
             Operation::Read { offset, into, medium: false } if into.len() <= MAX_AT_ONCE => {
                 (self.at_once.read(&self.file, *offset, into)?, into.len())
@@ -567,7 +696,9 @@ impl Store for FileStore {
                 if from.len() <= MAX_AT_ONCE =>
             {
                 let quiet = !self.pool.is_busy();
-                (self.at_once.write(&self.file, *offset, from, quiet)?, from.len())
+                let written = self.at_once.write(&self.file, *offset, from, quiet)?;
+                self.write_back.mark(bytes(*offset, from.len()));
+                (written, from.len())
             }
             _ => return None,
         };
@@ -576,14 +707,18 @@ impl Store for FileStore {
     }
 
     fn ring_file(&self, operation: &Operation) -> Option<(RingFile, Hold)> {
-        if !self.in_ring {
+        if !self.in_ring || !self.is_whole() {
             return None;
         }
         let list = match operation {
             Operation::Read { into, medium: false, .. } => into,
-            Operation::Write { from, .. } if self.direct => from,
+            Operation::Write { offset, from, durability: Durability::Cached } if self.direct => {
+                self.write_back.mark(bytes(*offset, from.len()));
+                from
+            }
             // The kernel would hand a flush, and a write into the page cache that it cannot make at once, to
-            // threads of its own, one write a file at a time; our own are as good, and end when idle.
+            // threads of its own, one write a file at a time; our own are as good, and end when idle. A stable write
+            // is two calls.
             Operation::Write { .. } | Operation::Flush => return None,
             Operation::Read { .. } | Operation::Prefetch { .. } => return None,
         };
@@ -595,7 +730,8 @@ impl Store for FileStore {
     }
 
     fn file(&self) -> Option<&File> {
-        Some(&self.file)
+        // Where its blocks may not be what is read, nobody shares them.
+        (self.is_whole() && self.write_back.failure().is_none()).then_some(&self.file)
     }
 
     fn take(
@@ -609,10 +745,12 @@ impl Store for FileStore {
         if self.block_device {
             return Ok(None);
         }
+        self.end_atomic(&(at..at.saturating_add(len)))?;
         let taken = match how {
             Method::Reflink => sys::reflink(from, source, &self.file, at, len).map(|()| len),
             Method::Offload => offload(from, source, &self.file, at, len),
         };
+        self.write_back.mark(at..at.saturating_add(len));
         match taken {
             // The end of a file that is shorter than the disk: there is nothing to take.
             Ok(0) => Ok(None),
@@ -633,7 +771,16 @@ impl Store for FileStore {
     ) -> Result<Option<Snapshot>, CopyError> {
         let directory = self.directory.as_ref().filter(|_| self.capabilities.snapshots);
         let Some(directory) = directory else { return Ok(None) };
-        self.share(directory, ranges, go_on).map(Some)
+        for range in ranges {
+            self.end_atomic(range).map_err(|error| CopyError {
+                side: Side::Source,
+                error,
+                done: 0,
+            })?;
+        }
+        let shared = self.share(directory, ranges, go_on)?;
+        // The blocks that are shared are the medium's. If write-back has failed, they may not be what is read.
+        Ok(self.write_back.look().is_none().then_some(shared))
     }
 
     fn space(&self) -> Result<Option<Space>, StoreError> {

@@ -25,6 +25,7 @@ pub mod pieces;
 pub mod pool;
 mod space;
 mod sys;
+mod write_back;
 
 pub use buffers::Buffers;
 pub use engine::{Completion, Engine, Operation, Token};
@@ -34,12 +35,14 @@ pub use host::Host;
 pub use notes::Notes;
 pub use pieces::Piece;
 pub use pool::Pool;
+pub use write_back::WriteBack;
 
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 /// Where the bytes of one disk are kept.
 ///
@@ -56,8 +59,8 @@ pub trait Store: Send + Sync {
     /// Fills all of `into` from `offset` on.
     fn read(&self, offset: u64, into: &Buffers) -> Result<(), StoreError>;
 
-    /// Like [`Store::read`], but what is returned has reached stable storage and is read from there
-    /// as far as the host allows (FUA reads, VERIFY).
+    /// Like [`Store::read`], but what a flush has made stable is read from stable storage, as far as the host allows
+    /// (FUA reads, VERIFY).
     fn read_medium(&self, offset: u64, into: &Buffers) -> Result<(), StoreError>;
 
     /// Writes all of `from` at `offset`. With [`Durability::Stable`] the bytes survive a crash of
@@ -74,8 +77,14 @@ pub trait Store: Send + Sync {
     /// ([`Capabilities::whole_writes`]), and at most that many bytes.
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError>;
 
-    /// Makes every write that completed before the call survive a crash of the host.
+    /// Makes every write that completed before the call survive a crash of the host. Once it could not, it
+    /// fails for good, and so do stable writes: what was lost does not come back.
     fn flush(&self) -> Result<(), StoreError>;
+
+    /// What is known of the host's write-back of it; `None` where nothing is written back.
+    fn write_back(&self) -> Option<&Arc<WriteBack>> {
+        None
+    }
 
     /// Asks the host to read a range ahead. Best effort, and cheap.
     fn prefetch(&self, offset: u64, len: u64) -> Result<(), StoreError>;
@@ -135,7 +144,8 @@ pub trait Store: Send + Sync {
         None
     }
 
-    /// The file it is, if it is one: for [`Store::take`] of another store, and not to be written.
+    /// The file it is, if it is one and its blocks are what is read: for [`Store::take`] of another store, and not to be
+    /// written.
     fn file(&self) -> Option<&File> {
         None
     }
@@ -251,6 +261,8 @@ pub struct StoreError {
     pub cause: Cause,
     /// Offset of the first byte that was not transferred, where one is known.
     pub at: Option<u64>,
+    /// The host could not write back what was written before: that may be lost, whatever this operation was.
+    pub lost: bool,
 }
 
 /// Why a host operation failed, in the classes that a caller can act upon.
@@ -271,13 +283,18 @@ pub enum Cause {
 impl StoreError {
     /// An error at a byte offset.
     pub fn at(cause: Cause, offset: u64) -> Self {
-        StoreError { cause, at: Some(offset) }
+        StoreError { cause, at: Some(offset), lost: false }
+    }
+
+    /// What was written before may be lost. Nobody knows where.
+    pub fn lost(cause: Cause) -> Self {
+        StoreError { cause, at: None, lost: true }
     }
 }
 
 impl From<Cause> for StoreError {
     fn from(cause: Cause) -> Self {
-        StoreError { cause, at: None }
+        StoreError { cause, at: None, lost: false }
     }
 }
 

@@ -100,10 +100,10 @@ pub(super) fn write(
     })
 }
 
-/// One `pwritev2(2)` that the device makes whole or not at all, whatever happens (RWF_ATOMIC), and that reaches the
-/// medium. Only for one segment, and for what the device and the file system have it for.
+/// One `pwritev2(2)` that the device makes whole or not at all, whatever happens (RWF_ATOMIC). Only for one segment, and
+/// for what the device and the file system have it for.
 pub(super) fn write_torn_free(file: &File, offset: u64, from: &Buffers) -> io::Result<()> {
-    let flags = libc::RWF_ATOMIC | libc::RWF_DSYNC;
+    let flags = libc::RWF_ATOMIC;
     let written = with_segments(from, 0, offset, |iov, count, offset| match count {
         // SAFETY: the iovec describes memory that `from` keeps mapped for reading.
         1 => unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, flags) },
@@ -128,6 +128,68 @@ pub(super) fn begin_writeback(file: &File, at: u64) {
     let Ok(at) = libc::off64_t::try_from(at) else { return };
     // SAFETY: plain numbers. Where it fails, nothing is lost but an answer that is more exact.
     unsafe { libc::sync_file_range(file.as_raw_fd(), at, 1, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
+/// File systems whose flushes do not mean what those of others do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FileSystem {
+    /// ext4, ext3 or ext2: a flush may succeed that should not ([`journal_is_kept`]).
+    Ext4,
+    /// btrfs: a flush may fail for want of room for its log, and nothing is lost. The next one may have it.
+    Btrfs,
+    /// Any other.
+    Other,
+}
+
+impl FileSystem {
+    /// That of a file.
+    pub(super) fn of(file: &File) -> Self {
+        match nix::sys::statfs::fstatfs(file).map(|host| host.filesystem_type()) {
+            Ok(nix::sys::statfs::EXT4_SUPER_MAGIC) => FileSystem::Ext4,
+            Ok(nix::sys::statfs::BTRFS_SUPER_MAGIC) => FileSystem::Btrfs,
+            _ => FileSystem::Other,
+        }
+    }
+}
+
+/// Whether the file system still has its journal, where that is not told by a flush: once ext4 could not commit a
+/// transaction, a flush of what was in it has nothing to wait for and succeeds. The first step that needs the journal
+/// notices, and says nothing; the next is refused.
+pub(super) fn journal_is_kept(file: &File) -> io::Result<()> {
+    touch(file)?;
+    touch(file)
+}
+
+/// Sets the times of a file to now. Who may not do that is told nothing.
+fn touch(file: &File) -> io::Result<()> {
+    // SAFETY: without times there is nothing to read.
+    match unsafe { libc::futimens(file.as_raw_fd(), std::ptr::null()) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error().raw_os_error() {
+            Some(libc::EROFS | libc::EIO) => Err(io::Error::from_raw_os_error(libc::EIO)),
+            _ => Ok(()),
+        },
+    }
+}
+
+/// What the host has failed to write back of a file since this open file was asked the last time. It neither writes nor
+/// waits for anything: no file has pages there.
+pub(super) fn write_back_error(file: &File) -> io::Result<()> {
+    const NOWHERE: libc::off64_t = 1 << 62;
+    // SAFETY: plain numbers.
+    let asked = unsafe {
+        libc::sync_file_range(file.as_raw_fd(), NOWHERE, 1, libc::SYNC_FILE_RANGE_WAIT_BEFORE)
+    };
+    match (asked, io::Error::last_os_error()) {
+        (0, _) => Ok(()),
+        // No such call for this file: it tells nothing.
+        (_, error)
+            if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::ESPIPE)) =>
+        {
+            Ok(())
+        }
+        (_, error) => Err(error),
+    }
 }
 
 /// Calls `f(iovec, count, offset + skip)` for what is left of `list` after `skip` bytes.

@@ -20,7 +20,7 @@ use crate::scsi::{
 };
 use crate::store::engine::uring::UringEngine;
 use crate::store::engine::{Completion, Engine, EngineKind, Finished, Token};
-use crate::store::{Cause, Durability, Operation};
+use crate::store::{Cause, Durability, Operation, StoreError};
 
 /// Requests taken together: what the driver's processor has just written of one is on its way to ours while another
 /// is worked on.
@@ -145,6 +145,25 @@ impl Flights {
         Some(task)
     }
 
+    /// The transfer of a command has ended: it is answered, unless there is more to do.
+    fn ended(
+        &mut self,
+        ring: &mut Ring,
+        nexus: &Nexus,
+        lun: &Arc<Lun>,
+        received: Received,
+        transfer: Transfer,
+        result: Result<(), StoreError>,
+    ) -> Begun {
+        if let Some((rest, operation)) = transfer.owed(lun, &result) {
+            let slot = self.put(Task::transfer(received, lun.index(), rest));
+            self.engine.submit(Token(slot), lun.index(), lun.store(), operation);
+            return Begun::InFlight(slot);
+        }
+        received.answer(ring, None, &finished(nexus, lun, &transfer, result));
+        Begun::Answered
+    }
+
     fn len(&self) -> usize {
         self.tasks.len() - self.free.len()
     }
@@ -235,8 +254,7 @@ impl RequestQueue {
                         return Begun::Calls(HostCall { disk, operation });
                     }
                 } else if let Some(result) = lun.store().try_now(&operation) {
-                    received.answer(ring, None, &transfer.finish(lun, result));
-                    return Begun::Answered;
+                    return flights.ended(ring, nexus, lun, received, transfer, result);
                 }
                 let slot = flights.put(Task::transfer(received, disk, transfer));
                 flights.engine.submit(Token(slot), disk, lun.store(), operation);
@@ -319,10 +337,17 @@ impl RequestQueue {
 
     fn finish(&mut self, ring: &mut Ring, completion: Completion<Outcome>) {
         let slot = completion.token.0;
+        if let Finished::Operation(result) = &completion.result
+            && self.goes_on(slot, result)
+        {
+            return;
+        }
         let Some(task) = self.flights.take(slot) else { return };
         let Some(lun) = self.target.disks().get(task.disk) else { return };
         let mut outcome = match (completion.result, task.transfer) {
-            (Finished::Operation(result), Some(transfer)) => transfer.finish(lun, result),
+            (Finished::Operation(result), Some(transfer)) => {
+                finished(&self.nexus, lun, &transfer, result)
+            }
             (Finished::Job(outcome), _) => outcome,
             (Finished::Withdrawn, Some(transfer)) => {
                 transfer.finish(lun, Err(Cause::Cancelled.into()))
@@ -351,6 +376,17 @@ impl RequestQueue {
             self.order.ended(task.disk, slot);
             self.go_on(ring, task.disk);
         }
+    }
+
+    /// Whether there is more to do for a command whose operation has ended; then it is under way.
+    fn goes_on(&mut self, slot: u32, result: &Result<(), StoreError>) -> bool {
+        let Some(Some(task)) = self.flights.tasks.get_mut(slot as usize) else { return false };
+        let Some(lun) = self.target.disks().get(task.disk) else { return false };
+        let owed = task.transfer.and_then(|transfer| transfer.owed(lun, result));
+        let Some((rest, operation)) = owed.filter(|_| task.ended.is_none()) else { return false };
+        task.transfer = Some(rest);
+        self.flights.engine.submit(Token(slot), lun.index(), lun.store(), operation);
+        true
     }
 
     /// Marks, or ends, what was taken and has not begun.
@@ -464,7 +500,9 @@ impl Service for RequestQueue {
         let Some(Calling { received, disk, transfer }) = self.calling.take() else { return };
         let Some(lun) = self.target.disks().get(disk) else { return };
         match result {
-            Some(result) => received.answer(ring, None, &transfer.finish(lun, result)),
+            Some(result) => {
+                self.flights.ended(ring, &self.nexus, lun, received, transfer, result);
+            }
             None => {
                 let slot = self.flights.put(Task::transfer(received, disk, transfer));
                 self.flights.engine.submit(Token(slot), disk, lun.store(), operation);
@@ -580,6 +618,19 @@ impl Received {
         let data = if self.data.to_driver { outcome.transferred } else { 0 };
         ring.answer(self.head, &self.response, response.as_bytes(), data);
     }
+}
+
+/// The outcome of a transfer, which may be that something else is lost.
+fn finished(
+    nexus: &Nexus,
+    lun: &Lun,
+    transfer: &Transfer,
+    result: Result<(), StoreError>,
+) -> Outcome {
+    if result.is_err_and(|error| error.lost) {
+        nexus.attentions(lun.index()).learn_of_loss();
+    }
+    transfer.finish(lun, result)
 }
 
 /// Whether a host call that does this at once may hang all the same. Reads from the page cache do not (RWF_NOWAIT); a

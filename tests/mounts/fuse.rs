@@ -1,10 +1,12 @@
 //! A FUSE file system whose server can be stopped: every request then waits, as with a server that got SIGSTOP or
-//! has lost its network. It passes all else on to a directory. The server is a thread of the test.
+//! has lost its network; and can fail, as a device does that breaks. It passes all else on to a directory. The server is
+//! a thread of the test.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -31,12 +33,36 @@ struct Switches {
     refuses: AtomicBool,
     /// Requests that came in.
     requests: AtomicU64,
+    /// FSYNC among them.
+    flushes: AtomicU64,
+    /// Writes into this range of a file fail.
+    breaks: Mutex<Option<Range<u64>>>,
+    /// So many FSYNCs fail.
+    flushes_fail: AtomicU64,
 }
 
 impl Switches {
     fn stop(&self, stopped: bool) {
         *self.stopped.lock().unwrap_or_else(PoisonError::into_inner) = stopped;
         self.goes_on.notify_all();
+    }
+
+    /// How many bytes of a write go well, if it fails.
+    fn breaks_at(&self, offset: u64, len: usize) -> Option<usize> {
+        let breaks = self.breaks.lock().unwrap_or_else(PoisonError::into_inner);
+        let range = breaks.as_ref()?;
+        let meets = offset < range.end && range.start < offset + len as u64;
+        meets.then(|| range.start.saturating_sub(offset) as usize)
+    }
+
+    fn flush(&self) -> Answer<()> {
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+        let one_less = |left: u64| left.checked_sub(1);
+        let order = Ordering::AcqRel;
+        match self.flushes_fail.fetch_update(order, Ordering::Acquire, one_less) {
+            Ok(_) => Err(Errno::EIO),
+            Err(_) => Ok(()),
+        }
     }
 
     /// Where every request passes.
@@ -99,6 +125,21 @@ impl Fuse {
     /// Requests that have reached the server, the one it hangs in included.
     pub fn requests(&self) -> u64 {
         self.switches.requests.load(Ordering::Relaxed)
+    }
+
+    /// Flushes (FSYNC) that have reached the server.
+    pub fn flushes(&self) -> u64 {
+        self.switches.flushes.load(Ordering::Relaxed)
+    }
+
+    /// Has writes into this range of any file fail with EIO from now on, or none.
+    pub fn fail_writes(&self, range: Option<Range<u64>>) {
+        *self.switches.breaks.lock().unwrap_or_else(PoisonError::into_inner) = range;
+    }
+
+    /// Has the next flushes fail with EIO, so many of them.
+    pub fn fail_flushes(&self, count: u64) {
+        self.switches.flushes_fail.store(count, Ordering::Release);
     }
 }
 
@@ -371,7 +412,14 @@ impl Filesystem for Server {
         reply: ReplyWrite,
     ) {
         self.switches.gate();
-        let written = self.file(handle).and_then(|file| Ok(file.write_all_at(data, offset)?));
+        let written =
+            self.file(handle).and_then(|file| match self.switches.breaks_at(offset, data.len()) {
+                None => Ok(file.write_all_at(data, offset)?),
+                Some(first) => {
+                    file.write_all_at(&data[..first], offset)?;
+                    Err(Errno::EIO)
+                }
+            });
         answer!(reply, written, |()| reply.written(data.len() as u32));
     }
 
@@ -397,7 +445,8 @@ impl Filesystem for Server {
 
     fn fsync(&self, _: &Request, _: INodeNo, handle: FileHandle, _: bool, reply: ReplyEmpty) {
         self.switches.gate();
-        let done = self.file(handle).and_then(|file| Ok(file.sync_data()?));
+        let done = self.switches.flush().and_then(|()| self.file(handle));
+        let done = done.and_then(|file| Ok(file.sync_data()?));
         answer!(reply, done, |()| reply.ok());
     }
 

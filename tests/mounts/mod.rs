@@ -2,6 +2,7 @@
 //! without it a test says loudly what it did not prove.
 #![allow(dead_code)]
 
+pub mod failing;
 pub mod fuse;
 pub mod pids;
 
@@ -29,15 +30,28 @@ pub const ALL: [Kind; 4] = [Kind::Ext4, Kind::Xfs, Kind::Btrfs, Kind::Tmpfs];
 pub struct Mount {
     pub kind: Kind,
     directory: TempDir,
+    /// The file it is made in.
+    image: PathBuf,
 }
 
 impl Mount {
     /// Mounts a fresh file system of `mib` MiB (XFS needs 300). `None`, loudly, where that cannot be.
     pub fn new(kind: Kind, mib: u64) -> Option<Self> {
         let directory = TempDir::new().unwrap();
-        let mount = Mount { kind, directory };
+        let image = directory.path().join("image");
+        Self::in_file(Mount { kind, directory, image }, mib, &[])
+    }
+
+    /// The same in a file elsewhere, with blocks that are pages.
+    pub fn over(kind: Kind, image: &Path, mib: u64) -> Option<Self> {
+        let directory = TempDir::new().unwrap();
+        Self::in_file(Mount { kind, directory, image: image.into() }, mib, &["-b", "4096"])
+    }
+
+    fn in_file(mount: Mount, mib: u64, ext4: &[&str]) -> Option<Self> {
+        let kind = mount.kind;
         fs::create_dir(mount.path()).unwrap();
-        match mount.make(mib) {
+        match mount.make(mib, ext4) {
             Ok(()) => Some(mount),
             Err(why) => {
                 skipped(&format!("nothing was proved on {kind:?}: {why}"));
@@ -57,25 +71,24 @@ impl Mount {
         open.iter().filter(|file| file.starts_with(&top) && file.ends_with(" (deleted)")).count()
     }
 
-    fn make(&self, mib: u64) -> Result<(), String> {
+    fn make(&self, mib: u64, ext4: &[&str]) -> Result<(), String> {
         let size = format!("size={mib}m");
         if self.kind == Kind::Tmpfs {
             return run("mount", &["-t", "tmpfs", "-o", &size, "tmpfs"], &self.path());
         }
-        let image = self.directory.path().join("image");
-        File::create(&image).and_then(|f| f.set_len(mib << 20)).map_err(|e| e.to_string())?;
+        let image = &self.image;
+        File::create(image).and_then(|f| f.set_len(mib << 20)).map_err(|e| e.to_string())?;
         match self.kind {
-            Kind::Ext4 => run("mkfs.ext4", &["-q", "-F"], &image)?,
-            Kind::Xfs => run("mkfs.xfs", &["-q", "-m", "reflink=1"], &image)?,
-            Kind::Btrfs => run("mkfs.btrfs", &["-q"], &image)?,
+            Kind::Ext4 => run("mkfs.ext4", &[&["-q", "-F"], ext4].concat(), image)?,
+            Kind::Xfs => run("mkfs.xfs", &["-q", "-m", "reflink=1"], image)?,
+            Kind::Btrfs => run("mkfs.btrfs", &["-q"], image)?,
             Kind::Tmpfs => {}
         }
         self.mount()
     }
 
     fn mount(&self) -> Result<(), String> {
-        let image = self.directory.path().join("image");
-        run("mount", &["-o", "loop", image.to_str().unwrap()], &self.path())
+        run("mount", &["-o", "loop", self.image.to_str().unwrap()], &self.path())
     }
 
     /// Freezes it until the returned value goes, as a snapshot of the host does (FIFREEZE): every write waits. `None`,
@@ -214,7 +227,7 @@ impl Hanging {
 /// A loop device over a file of `mib` MiB, gone with this value.
 pub struct LoopDevice {
     pub device: PathBuf,
-    file: tempfile::NamedTempFile,
+    file: Option<tempfile::NamedTempFile>,
 }
 
 impl LoopDevice {
@@ -225,20 +238,32 @@ impl LoopDevice {
 
     /// The file behind it.
     pub fn file(&self) -> &Path {
-        self.file.path()
+        self.file.as_ref().expect("a file of its own").path()
     }
 
     /// One with sectors of so many bytes.
     pub fn with_sectors(mib: u64, bytes: u32) -> Option<Self> {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(mib << 20).unwrap();
-        let sectors = bytes.to_string();
+        let mut device = Self::attach(file.path(), bytes)?;
+        device.file = Some(file);
+        Some(device)
+    }
+
+    /// One over a new file of this name, which stays.
+    pub fn over(path: &Path, mib: u64) -> Option<Self> {
+        File::create(path).unwrap().set_len(mib << 20).unwrap();
+        Self::attach(path, 512)
+    }
+
+    fn attach(path: &Path, sectors: u32) -> Option<Self> {
+        let sectors = sectors.to_string();
         let arguments = ["--show", "-f", "-b", &sectors];
-        let made = Command::new("losetup").args(arguments).arg(file.path()).output();
+        let made = Command::new("losetup").args(arguments).arg(path).output();
         match made {
             Ok(output) if output.status.success() => {
                 let name = String::from_utf8(output.stdout).unwrap();
-                Some(LoopDevice { device: PathBuf::from(name.trim()), file })
+                Some(LoopDevice { device: PathBuf::from(name.trim()), file: None })
             }
             other => {
                 skipped(&format!("nothing was proved on a block device: {other:?}"));

@@ -105,7 +105,8 @@ pub(super) fn compare_and_write(context: Context<'_>) -> Result<Reply, ScsiError
             }
         })?;
         alone.go_on()?;
-        alone.write(range.offset, &new, durability)
+        alone.write(range.offset, &new, durability)?;
+        alone.lun.settle_written(durability)
     }))
 }
 

@@ -76,7 +76,7 @@ fn self_test(lun: &Arc<Lun>, code: u8) -> Result<Reply, ScsiError> {
     }
 }
 
-/// Whether the first, a middle and the last block can be read from the medium.
+/// Whether what was written can be made stable, and the first, a middle and the last block be read from the medium.
 fn run_test(lun: &Lun, code: u8) -> Result<(), ScsiError> {
     let block = u64::from(lun.block_size());
     let last = lun.blocks().saturating_sub(1);
@@ -84,13 +84,19 @@ fn run_test(lun: &Lun, code: u8) -> Result<(), ScsiError> {
     // What the blocks hold does not matter, so that whoever has them for himself is not waited for.
     let store = lun.exclusion().unguarded();
     let can = |lba: &u64| store.read_medium(lba * block, &room).is_ok();
-    let failed = [0, last / 2, last].into_iter().find(|lba| !can(lba));
+    let flushed = lun.flush().is_ok();
+    let failed = [0, last / 2, last].into_iter().filter(|_| flushed).find(|lba| !can(lba));
     let hours = u16::try_from(lun.statistics().minutes() / 60).unwrap_or(u16::MAX);
-    let result = if failed.is_some() { 0x6 } else { 0 };
+    // The first and the second segment of the test.
+    let result = match (flushed, failed) {
+        (true, None) => 0,
+        (false, _) => 0x5,
+        (true, Some(_)) => 0x6,
+    };
     lun.statistics().note_self_test(SelfTest { code, result, hours, failed });
-    match failed {
-        None => Ok(()),
-        Some(_) => {
+    match result {
+        0 => Ok(()),
+        _ => {
             let failed = asc::LOGICAL_UNIT_FAILED_SELF_TEST;
             Err(ScsiError::Check(Sense::new(Key::HardwareError, failed)))
         }

@@ -34,10 +34,7 @@ pub(super) fn start_stop_unit(context: Context<'_>) -> Result<Reply, ScsiError> 
         if cancel.is_requested() {
             return Err(ScsiError::Aborted);
         }
-        if !lun.store().capabilities().read_only {
-            let flushed = lun.store().flush();
-            flushed.map_err(|e| ScsiError::from_store(e, true, lun.block_size()))?;
-        }
+        lun.flush()?;
         lun.stop_or_start(false);
         Ok(0)
     })))

@@ -186,7 +186,9 @@ fn write_unless_zero(
                 .and_then(|()| lun.settle(durability))
         } else {
             let written = store.write(range.offset, &from, durability);
-            written.map_err(|e| ScsiError::from_store(e, true, lun.block_size()))
+            written
+                .map_err(|e| ScsiError::from_store(e, true, lun.block_size()))
+                .and_then(|()| lun.settle_written(durability))
         };
         lun.account(Activity::Write, range.bytes, &done);
         done.map(|()| range.bytes)

@@ -10,19 +10,22 @@ fn parse(cdb: &Cdb) -> (bool, usize) {
     (cdb.byte(1) & 1 != 0, cdb.byte(4).into())
 }
 
-/// REQUEST SENSE to a disk: a unit attention that is due (and no longer is then), or the condition
+/// REQUEST SENSE to a disk: a unit attention or deferred error that is due (and no longer is then), or the condition
 /// that keeps it from being ready, with the progress where there is one, or nothing.
 pub(super) fn request_sense(context: Context<'_>) -> Result<Reply, ScsiError> {
     let (descriptor_format, allocation) = parse(&context.request.cdb);
     // A request from before a restart does not learn what arose with it (see the check of other commands).
     let attentions = context.nexus.attentions(context.lun.index());
-    let attention = if context.request.again { None } else { attentions.take() };
+    let again = context.request.again;
+    let attention = if again { None } else { attentions.take() };
+    let deferred = || (!again).then(|| context.lun.deferred_error(context.nexus)).flatten();
     let not_ready = || match context.lun.check_ready() {
         Err(ScsiError::Check(not_ready)) => Some(not_ready),
         _ => None,
     };
     let sense = attention
         .map(|attention| attention.sense())
+        .or_else(deferred)
         .or_else(|| context.lun.background().sense())
         .or_else(not_ready)
         .unwrap_or(Sense::new(Key::NoSense, asc::NONE));

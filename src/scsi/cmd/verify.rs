@@ -63,7 +63,10 @@ pub(super) fn verify(context: Context<'_>) -> Result<Reply, ScsiError> {
     }
     let lun = Arc::clone(context.lun);
     let job = move |cancel: &Cancel, store: &dyn Store| {
-        let compared = compare(&lun, store, &range, &against, &expected, cancel);
+        // Once: what others write meanwhile is not what is to be verified.
+        let flushed = lun.flush();
+        let compared = flushed
+            .and_then(|()| compare(&lun, store, &range, &against, &expected, cancel));
         lun.account(Activity::Verify, range.bytes, &compared);
         compared.map(|()| needed)
     };
@@ -93,7 +96,7 @@ pub(super) fn write_and_verify(context: Context<'_>) -> Result<Reply, ScsiError>
     Ok(Reply::Needy(Need::Together(vec![range.in_store()]), Box::new(job)))
 }
 
-/// Reads the range from the medium and compares it; the first difference is a MISCOMPARE.
+/// Reads the range from the medium, to where it was flushed, and compares it; the first difference is a MISCOMPARE.
 fn compare(
     lun: &Lun,
     store: &dyn Store,

@@ -92,7 +92,12 @@ impl Operation {
     pub fn run(self, store: &dyn Store) -> Result<(), StoreError> {
         match self {
             Operation::Read { offset, into, medium: false } => store.read(offset, &into),
-            Operation::Read { offset, into, medium: true } => store.read_medium(offset, &into),
+            Operation::Read { offset, into, medium: true } => {
+                if !store.capabilities().read_only {
+                    store.flush()?;
+                }
+                store.read_medium(offset, &into)
+            }
             Operation::Write { offset, from, durability } => store.write(offset, &from, durability),
             Operation::Flush => store.flush(),
             Operation::Prefetch { offset, len } => store.prefetch(offset, len),

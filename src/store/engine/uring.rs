@@ -388,20 +388,20 @@ fn entry(file: RingFile, operation: &mut Operation) -> Option<squeue::Entry> {
             let read = opcode::Readv::new(file, segments.as_ptr(), count).offset(*offset);
             Some(read.rw_flags(waits).build())
         }
-        Operation::Write { offset, from, durability } => {
-            let stable = if *durability == Durability::Stable { libc::RWF_DSYNC } else { 0 };
-            let flags = waits | stable;
+        Operation::Write { offset, from, durability: Durability::Cached } => {
             if let [one] = from.iovecs() {
                 let len = u32::try_from(one.iov_len).ok()?;
                 let write = opcode::Write::new(file, one.iov_base.cast(), len).offset(*offset);
-                return Some(write.rw_flags(flags).build());
+                return Some(write.rw_flags(waits).build());
             }
             let segments = from.fixed_iovecs();
             let count = u32::try_from(segments.len()).ok()?;
             let write = opcode::Writev::new(file, segments.as_ptr(), count).offset(*offset);
-            Some(write.rw_flags(flags).build())
+            Some(write.rw_flags(waits).build())
         }
-        Operation::Read { .. } | Operation::Flush | Operation::Prefetch { .. } => None,
+        // Of a stable write that failed nobody could tell whether it was written, and the flush has failed.
+        Operation::Write { .. } | Operation::Read { .. } => None,
+        Operation::Flush | Operation::Prefetch { .. } => None,
     }
 }
 
