@@ -4,7 +4,8 @@
 
 use thinlun::scsi::cmd::{Access, Command, Data, ServiceAction, TABLE};
 use thinlun::scsi::reservations::Conflict;
-use thinlun::scsi::{Delivery, Port, Status};
+use thinlun::scsi::{Delivery, Plan, Port, Status};
+use thinlun::store::engine::Need;
 use thinlun::store::mem::MemStore;
 
 mod bench;
@@ -278,6 +279,53 @@ fn provisioning_is_claimed_everywhere_or_nowhere() {
             log.expect_cdb_field(2, 5);
         }
         assert_eq!(bench.mode_sense(0x01)[4 + 7], if thin { 0x80 } else { 0 }, "LBPERE");
+    }
+}
+
+/// What a command waits for it says beforehand: the blocks that it is about, alone or together with others, or a thread of
+/// its own where it may have to wait halfway. All else takes a thread of the disk's pool, and waits for nobody there.
+#[test]
+fn commands_say_what_they_need() {
+    let bench = Bench::new();
+    let need = |cdb: &[u8], out: &[u8]| match bench.plan(cdb, out) {
+        Plan::Job(job) => job.need,
+        Plan::Done(outcome) => panic!("{cdb:02x?}: {outcome:?}"),
+        Plan::Transfer(..) => panic!("{cdb:02x?} is one transfer"),
+    };
+    let (out, blocks) = (vec![0; 4096], |from: u64, count: u64| from * 512..(from + count) * 512);
+    for cdb in [
+        // COMPARE AND WRITE, ORWRITE, WRITE ATOMIC.
+        [0x89, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 4, 0, 0],
+        [0x8b, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 4, 0, 0],
+        [0x9c, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 4, 0, 0],
+    ] {
+        assert_eq!(need(&cdb, &out), Need::Alone(blocks(8, 4)), "{cdb:02x?}");
+    }
+    for (opcode, flags) in [(0x8f, 0), (0x8f, 2), (0x8e, 2), (0x93, 0), (0x93, 8), (0x93, 1)] {
+        let cdb = [opcode, flags, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 4, 0, 0];
+        assert_eq!(need(&cdb, &out), Need::Together(vec![blocks(8, 4)]), "{cdb:02x?}");
+    }
+    let descriptor = |lba: u8, count: u8| [0, 0, 0, 0, 0, 0, 0, lba, 0, 0, 0, count, 0, 0, 0, 0];
+    let unmap = [&[0, 38, 0, 32, 0, 0, 0, 0][..], &descriptor(4, 2), &descriptor(100, 1)].concat();
+    let both = Need::Together(vec![blocks(4, 2), blocks(100, 1)]);
+    assert_eq!(need(&[0x42, 0, 0, 0, 0, 0, 0, 0, 40, 0], &unmap), both);
+    // EXTENDED COPY of one block within the disk; WRITE USING TOKEN of zeroes.
+    let mut copy = vec![0, 0x18, 0, 0, 0, 0, 0, 0, 0, 0, 0, 28, 0, 0, 0, 0];
+    copy.extend([2, 0, 0, 24, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 1]);
+    copy.extend([[0; 8], [0, 0, 0, 0, 0, 0, 0, 9]].concat());
+    let len = copy.len() as u8;
+    assert_eq!(need(&[0x83, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, len, 0, 0], &copy), Need::Thread);
+    let mut token = vec![0; 552];
+    token[..2].copy_from_slice(&550u16.to_be_bytes());
+    token[16..24].copy_from_slice(&[0xff, 0xff, 0, 1, 0, 0, 0x01, 0xf8]);
+    token[534..536].copy_from_slice(&16u16.to_be_bytes());
+    token[547] = 1;
+    let write = [0x83, 0x11, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 2, 40, 0, 0];
+    assert_eq!(need(&write, &token), Need::Thread);
+    // GET LBA STATUS, a self-test.
+    for cdb in [&[0x9e, 0x12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0][..], &[0x1d, 4, 0, 0, 0, 0]]
+    {
+        assert_eq!(need(cdb, &[]), Need::Nothing, "{cdb:02x?}");
     }
 }
 

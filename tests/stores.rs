@@ -234,6 +234,7 @@ fn a_block_device_with_larger_sectors() {
     let store = FileStore::open(&device.device, &options(false)).unwrap();
     assert_eq!(store.capabilities().host_block, 4096, "the sectors are not what was asked for");
     contract("loop device with larger sectors", &store);
+    drop(store);
     let refused = FileStore::open(&device.device, &options(true)).unwrap_err().0;
     assert!(refused.contains("block-size=4096"), "{refused}");
 }

@@ -13,6 +13,7 @@ use frontend::daemon::{Scratch, host_read};
 use frontend::pattern::assert_same;
 use frontend::scsi::{response, sense};
 use frontend::*;
+use mounts::fuse::Fuse;
 use mounts::{Kind, Mount};
 
 const FORMAT_IN_PROGRESS: sense::Code = (2, 4, 4);
@@ -107,6 +108,26 @@ fn a_sanitize_operation_shows_its_progress_and_lets_nothing_else_in() {
     assert_eq!(polled(&lun), ((0, 0, 0), None));
     assert!(!notes(&image).exists(), "there is nothing to remember");
     assert_filled(&image, 0x5a);
+}
+
+/// The same where the host can neither free nor reserve, so that zeroes are written.
+#[test]
+fn zeroes_that_have_to_be_written_do_not_make_a_file_longer() {
+    let Some(fuse) = Fuse::new(false) else { return };
+    fuse.refuse();
+    let (scratch, whole, rest) = (Scratch::new(), 64 * MIB, 4 * MIB);
+    let path = fuse.path().join("disk.img");
+    std::fs::write(&path, vec![7; whole as usize]).unwrap();
+    let daemon = Daemon::builder(&scratch).disk(&path, "fault=zero:delay-ms-1500*1").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    lun.run_out(cdb::format_unit(0x10), &[0, 0x82, 0, 0]).expect_good();
+    // Through the mount, where the daemon's file is told of it.
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(rest).unwrap();
+    assert_eq!(wait_while(&lun, FORMAT_IN_PROGRESS), None);
+    assert_eq!(path.metadata().unwrap().len(), rest);
+    assert_same(&host_read(&path, 0, rest as usize), &vec![0; rest as usize], "what is left");
 }
 
 /// What the host has taken away while it was overwritten is not there any more: neither an operation nor zeroes for a

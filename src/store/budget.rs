@@ -310,6 +310,9 @@ mod tests {
         assert!(store.reserve(1 << 19..(1 << 19) + 1).is_err());
         store.deallocate(0..4096).unwrap();
         write(&store, 1 << 19, 1).unwrap();
+        // No more is counted at a time than is soon counted.
+        let at_a_time = |into| store.zeroes_at_a_time(into);
+        assert_eq!((at_a_time(Kind::Reserved), at_a_time(Kind::Hole)), (MOST_COUNTED, 4 << 30));
     }
 
     #[test]

@@ -63,17 +63,21 @@ impl Bench {
         bench
     }
 
+    /// What a command is to do, with room for this data.
+    fn plan_of(&self, nexus: &Arc<Nexus>, cdb: &[u8], out: &[u8], data_in: Buffers) -> Plan {
+        let data_out = Buffers::copy_of(out).unwrap();
+        let request = Request { cdb: Cdb::new(cdb), data_out, data_in, again: false };
+        execute(&self.target, nexus, &Addressed::Disk(&self.lun), request)
+    }
+
+    pub fn plan(&self, cdb: &[u8], out: &[u8]) -> Plan {
+        self.plan_of(&self.nexus, cdb, out, Buffers::default())
+    }
+
     /// Runs a command to its end.
     pub fn run_as(&self, nexus: &Arc<Nexus>, cdb: &[u8], out: &[u8], room: usize) -> Answer {
         let data_in = Buffers::zeroed(room).unwrap();
-        let request = Request {
-            cdb: Cdb::new(cdb),
-            data_out: Buffers::copy_of(out).unwrap(),
-            data_in: data_in.clone(),
-            again: false,
-        };
-        let address = Addressed::Disk(&self.lun);
-        let outcome = match execute(&self.target, nexus, &address, request) {
+        let outcome = match self.plan_of(nexus, cdb, out, data_in.clone()) {
             Plan::Done(outcome) => outcome,
             Plan::Transfer(transfer, operation) => {
                 transfer.finish(&self.lun, operation.run(self.lun.store().as_ref()))

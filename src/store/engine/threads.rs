@@ -267,6 +267,29 @@ mod tests {
         }
     }
 
+    /// What may wait for others has a thread of its own: more of it than the pool has threads are in nobody's way.
+    #[test]
+    fn those_who_may_wait_take_no_thread_of_the_pool() {
+        let wake = Arc::new(EventFd::new().unwrap());
+        let mut engine = ThreadEngine::<u32>::new(Arc::clone(&wake));
+        let store: Arc<dyn Store> = Arc::new(MemStore::new(1 << 20));
+        let (open, gate) = mpsc::channel::<()>();
+        let gate = Arc::new(Mutex::new(gate));
+        for n in 0..5 {
+            let gate = Arc::clone(&gate);
+            let work: Work<u32> = Box::new(move |_, _| {
+                gate.lock().unwrap().recv().unwrap();
+                n
+            });
+            engine.spawn(Token(n), &store, Job { need: Need::Thread, work });
+        }
+        engine.spawn(Token(9), &store, Job { need: Need::Nothing, work: Box::new(|_, _| 9) });
+        assert_eq!(collect(&mut engine, &wake, 1)[0].token, Token(9));
+        (0..5).for_each(|_| open.send(()).unwrap());
+        collect(&mut engine, &wake, 5);
+        assert!(engine.running.is_empty());
+    }
+
     /// More wait for a range than there are threads, and what wants none of it does not notice. Who waits can be taken
     /// back; the others are done when the range is free.
     #[test]
