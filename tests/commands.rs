@@ -288,7 +288,7 @@ fn provisioning_is_claimed_everywhere_or_nowhere() {
 fn commands_say_what_they_need() {
     let bench = Bench::new();
     let need = |cdb: &[u8], out: &[u8]| match bench.plan(cdb, out) {
-        Plan::Job(job) => job.need,
+        Plan::Job(work) => work.job.need,
         Plan::Done(outcome) => panic!("{cdb:02x?}: {outcome:?}"),
         Plan::Transfer(..) => panic!("{cdb:02x?} is one transfer"),
     };
