@@ -241,6 +241,10 @@ impl State {
                 if old.is_some_and(|old| old != registered) {
                     return Err(CONFLICT);
                 }
+                // Who is not registered and does not want to be changes nothing, APTPL included (SPC-5 5.14.7).
+                if registered == 0 && new == 0 {
+                    return Ok(effects);
+                }
                 match new {
                     0 => self.unregister(port, &mut effects),
                     key => drop(self.keys.insert(port, key)),
@@ -314,10 +318,13 @@ impl State {
         let loses = |state: &Self, p: &Port| everyone || state.keys.get(p) == Some(&other);
         let preempted: Vec<Port> =
             self.others(port).into_iter().filter(|p| loses(self, p)).collect();
-        if preempted.is_empty() && !takes_over {
+        // Who takes the reservation over keeps his registration. Else all go that have the key, his own as well; of that
+        // he is not told.
+        let own = !takes_over && self.keys.get(&port) == Some(&other);
+        if preempted.is_empty() && !takes_over && !own {
             return Err(CONFLICT);
         }
-        self.keys.retain(|p, _| !preempted.contains(p));
+        self.keys.retain(|p, _| !preempted.contains(p) && !(own && *p == port));
         effects.tell(preempted.iter().copied(), UnitAttention::RegistrationsPreempted);
         effects.preempted = preempted;
         if takes_over {
@@ -532,6 +539,34 @@ mod tests {
         assert!(again.holds(port) && again.holders_key() == 0xab);
         change(Change::Register { old: None, new: 0xcd, survives: false });
         assert_eq!(Reservations::of(&notes).state(), State::default());
+    }
+
+    /// Only who is registered, before or after, says whether registrations survive.
+    #[test]
+    fn a_stranger_who_stays_one_changes_nothing() {
+        let notes = Notes::in_memory();
+        let (port, stranger) = (Port(1), Port(2));
+        let reservations = Reservations::of(&notes);
+        let change = |who, change| reservations.change(who, change, &notes).unwrap();
+        change(port, Change::Register { old: None, new: 7, survives: true });
+        change(port, Change::Reserve { key: 7, kind: Type::ExclusiveAccess });
+        let (state, noted) = (reservations.state(), notes.get(NOTE));
+        assert!(noted.is_some());
+        for old in [Some(0), None] {
+            for survives in [false, true] {
+                let effects = change(stranger, Change::Register { old, new: 0, survives });
+                assert_eq!(effects, Effects::default());
+                assert_eq!((reservations.state(), notes.get(NOTE)), (state.clone(), noted.clone()));
+            }
+        }
+        let wrong = Change::Register { old: Some(9), new: 0, survives: false };
+        assert_eq!(reservations.change(stranger, wrong, &notes), Err(CONFLICT));
+        // Who comes and who goes may.
+        change(stranger, Change::Register { old: None, new: 8, survives: false });
+        assert!(!reservations.state().survives && notes.get(NOTE).is_none());
+        change(stranger, Change::Register { old: Some(8), new: 0, survives: true });
+        assert!(reservations.state().survives);
+        assert_eq!(notes.get(NOTE), noted);
     }
 
     #[test]
