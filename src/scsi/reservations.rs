@@ -396,6 +396,15 @@ impl Reservations {
         reservations
     }
 
+    /// What is noted may be another's by now: then that is in force. Blocks.
+    pub fn take_over(&self, notes: &Notes) {
+        let _alone = lock(&self.changing);
+        let generation = self.state().generation;
+        if notes.get(NOTE) != self.state().encode() {
+            self.become_state(State { generation, ..Self::of(notes).state() });
+        }
+    }
+
     fn become_state(&self, new: State) {
         let reserved = new.held.is_some() || new.basic.is_some();
         let mut state = lock(&self.state);
@@ -539,6 +548,29 @@ mod tests {
         assert!(again.holds(port) && again.holders_key() == 0xab);
         change(Change::Register { old: None, new: 0xcd, survives: false });
         assert_eq!(Reservations::of(&notes).state(), State::default());
+    }
+
+    /// Registrations that another process has changed are in force, others stay as they are.
+    #[test]
+    fn what_another_has_noted_is_in_force() {
+        let (notes, port) = (Notes::in_memory(), Port(2));
+        let (one, other) = (Reservations::of(&notes), Reservations::of(&notes));
+        let register = |new, survives| Change::Register { old: None, new, survives };
+        one.change(port, register(7, true), &notes).unwrap();
+        one.change(port, Change::Reserve { key: 7, kind: Type::WriteExclusive }, &notes).unwrap();
+        other.take_over(&notes);
+        assert!(other.state().holds(port) && other.reserved.load(Ordering::Acquire));
+        let before = one.state();
+        one.take_over(&notes);
+        assert_eq!(one.state(), before);
+        other.change(port, Change::Clear { key: 7 }, &notes).unwrap();
+        one.take_over(&notes);
+        assert_eq!(one.state(), State { generation: before.generation, ..State::default() });
+        assert!(!one.reserved.load(Ordering::Acquire));
+        // What is not to survive is nowhere else.
+        one.change(port, register(8, false), &notes).unwrap();
+        one.take_over(&notes);
+        assert_eq!(one.state().keys.get(&port), Some(&8));
     }
 
     /// Only who is registered, before or after, says whether registrations survive.

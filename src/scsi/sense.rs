@@ -29,6 +29,7 @@ pub mod asc {
     pub const NONE: Asc = 0x0000;
     pub const OPERATION_IN_PROGRESS: Asc = 0x0016;
     pub const NOT_READY_INITIALIZING_COMMAND_REQUIRED: Asc = 0x0402;
+    pub const NOT_READY_MANUAL_INTERVENTION_REQUIRED: Asc = 0x0403;
     pub const NOT_READY_FORMAT_IN_PROGRESS: Asc = 0x0404;
     pub const NOT_READY_SELF_TEST_IN_PROGRESS: Asc = 0x0409;
     pub const NOT_READY_SANITIZE_IN_PROGRESS: Asc = 0x041b;
