@@ -241,15 +241,18 @@ impl State {
                 if old.is_some_and(|old| old != registered) {
                     return Err(CONFLICT);
                 }
-                // Who is not registered and does not want to be changes nothing, APTPL included (SPC-5 5.14.7).
-                if registered == 0 && new == 0 {
-                    return Ok(effects);
-                }
                 match new {
-                    0 => self.unregister(port, &mut effects),
-                    key => drop(self.keys.insert(port, key)),
+                    // Who is not registered and does not want to be changes nothing, APTPL included (SPC-5 5.14.7).
+                    0 if registered == 0 => {}
+                    0 => {
+                        self.unregister(port, &mut effects);
+                        self.survives = survives;
+                    }
+                    key => {
+                        self.keys.insert(port, key);
+                        self.survives = survives;
+                    }
                 }
-                self.survives = survives;
             }
             Change::Reserve { key, kind } => {
                 self.check_key(port, key)?;
@@ -588,7 +591,10 @@ mod tests {
             for survives in [false, true] {
                 let effects = change(stranger, Change::Register { old, new: 0, survives });
                 assert_eq!(effects, Effects::default());
-                assert_eq!((reservations.state(), notes.get(NOTE)), (state.clone(), noted.clone()));
+                // That it was asked for is counted.
+                let generation = reservations.state().generation;
+                assert_eq!(reservations.state(), State { generation, ..state.clone() });
+                assert_eq!(notes.get(NOTE), noted);
             }
         }
         let wrong = Change::Register { old: Some(9), new: 0, survives: false };
