@@ -204,17 +204,19 @@ fn an_operation_that_has_ended_is_not_begun_again() {
     let fe = FrontEnd::connect(&source);
     let lun = fe.ready_lun(0, 0);
     overwrite(&lun, 1, 0x5a);
-    // It starts while the operation goes on.
-    let destination = hosts.destination("");
+    // It starts while the operation goes on, and would be slower.
+    let destination = hosts.destination(",fault=write:delay-ms-200");
     assert!(hosts.noted().is_some_and(|noted| noted.contains("operation=running")));
     wait_until_ready(&lun, SANITIZE_IN_PROGRESS);
-    lun.write16(8, &[7; 4096]);
+    let last = SIZE / 512 - 8;
+    lun.write16(last, &[7; 4096]);
     fe.stop();
+    hosts.assert_still();
     let guest = FrontEnd::connect(&destination);
     let lun = guest.ready_lun(0, 0);
-    assert_eq!(lun.read16(8, 8), [7; 4096]);
+    assert_eq!(lun.read16(last, 8), [7; 4096]);
     hosts.assert_still();
-    assert_eq!(lun.read16(8, 8), [7; 4096]);
+    assert_eq!(lun.read16(last, 8), [7; 4096]);
 }
 
 /// A guest that starts anew finds it further, not begun again.
@@ -347,7 +349,11 @@ fn what_is_remembered_goes_with_the_guest() {
     let fe = FrontEnd::connect(&source);
     let lun = fe.ready_lun(0, 0);
     // WCE off, saved; a name.
-    let page = |lun: &Lun<'_>| lun.mode_sense10(8)[8 + 2] & 4;
+    let page = |lun: &Lun<'_>| {
+        let sense = Cdb::from_slice(&[0x1a, 8, 8, 0, 64, 0]);
+        lun.run_in(sense, 64).expect_good().data()[4 + 2] & 4
+    };
+    assert_eq!(page(&lun), 4);
     let mut list = vec![0; 4];
     list.extend([8, 18]);
     list.resize(24, 0);

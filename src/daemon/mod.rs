@@ -49,6 +49,7 @@ pub fn run(cli: &Cli) -> Result<ExitCode, StartError> {
     let signals = Signals::block().map_err(|e| StartError::host(format!("signals: {e}")))?;
     let checked: Vec<_> = endpoints.into_iter().map(Endpoint::check).collect::<Result<_, _>>()?;
     let (units, mut created) = open_disks(&disks, cli.sandbox == Sandbox::Strict)?;
+    created.clear()?;
     let sockets: Vec<_> = checked.into_iter().map(Checked::open).collect::<Result<_, _>>()?;
     for unit in &units {
         let s = unit.settings();
@@ -62,7 +63,6 @@ pub fn run(cli: &Cli) -> Result<ExitCode, StartError> {
             unit.store().capabilities().ways
         );
     }
-    created.clear()?;
     lock_in(cli, &disks)?;
     let short =
         |e: std::io::Error| StartError::host(limits::behind(&e).unwrap_or_else(|| e.to_string()));

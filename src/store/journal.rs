@@ -118,7 +118,6 @@ impl<'a> Entry<'a> {
 
     /// Whether any of it may be in the image: a sector that it changes is as it was to be, or cannot be read.
     fn may_have_begun(&self, image: &Image<'_>) -> io::Result<bool> {
-        let Some((_, changes)) = &self.about else { return Ok(true) };
         let room = Piece::of(self.data.len()).ok_or(ErrorKind::OutOfMemory)?;
         for (number, new) in self.data.chunks(room.len().max(SECTOR)).enumerate() {
             let first = number * room.len() / SECTOR;
@@ -131,7 +130,8 @@ impl<'a> Entry<'a> {
                 let inside = at.saturating_add(((n + 1) * SECTOR) as u64) <= image.size;
                 found.read_at(n * SECTOR, &mut sector);
                 let same = sector.get(..new.len()) == Some(new);
-                if changes.has(first + n) && inside && (same || !read) {
+                let changes = self.about.as_ref().is_none_or(|(_, changes)| changes.has(first + n));
+                if changes && inside && (same || !read) {
                     return Ok(true);
                 }
             }
@@ -529,7 +529,7 @@ mod tests {
         disk.find(&[], false, false).unwrap();
     }
 
-    /// Of a thinlun that said neither which image it was about nor what it would change.
+    /// Of a thinlun that said neither which image it was about nor what it would change: it may be all of it.
     #[test]
     fn an_old_journal_is_made_good() {
         let disk = Disk::new();
@@ -538,6 +538,9 @@ mod tests {
         file.extend(1024u64.to_be_bytes());
         file.extend([2; 1024]);
         assert!(is_ours(&file) && image_of(&file).is_none());
+        disk.find(&file, false, false).unwrap();
+        disk.assert_holds(0, 0, 0);
+        open(&disk.path).write_all_at(&[2; 512], 1024).unwrap();
         disk.find(&file, false, true).unwrap_err();
         disk.find(&file, false, false).unwrap();
         disk.assert_holds(512, 1536, 2);
