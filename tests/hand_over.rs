@@ -2,6 +2,7 @@
 //! What goes on in the background, and what is remembered, goes with it.
 
 mod frontend;
+mod mounts;
 
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,7 @@ use frontend::daemon::{Scratch, host_read};
 use frontend::pattern::assert_same;
 use frontend::scsi::{sense, status};
 use frontend::*;
+use mounts::{Hang, Hanging};
 
 const FORMAT_IN_PROGRESS: sense::Code = (2, 4, 4);
 const SANITIZE_IN_PROGRESS: sense::Code = (2, 4, 0x1b);
@@ -481,4 +483,43 @@ fn what_another_daemon_is_writing_is_left_alone() {
         Path::new(name).to_string_lossy().starts_with("disk.img.")
     };
     assert_eq!(listing.iter().find(beside), None);
+}
+
+/// A host that hangs while it is looked at keeps its own disk from being used, and neither other disks nor the next guest.
+#[test]
+fn a_host_that_hangs_keeps_nobody_else_waiting() {
+    let Some(host) = Hanging::new(Hang::Fuse { writeback: false }) else { return };
+    let Hanging::Fuse(fuse) = &host else { panic!("another host") };
+    let scratch = Scratch::new();
+    std::fs::write(fuse.behind().join("hangs.img"), vec![7; MIB as usize]).unwrap();
+    let hangs = host.path().join("hangs.img");
+    let healthy = scratch.image("disk.img", MIB);
+    let daemon = Daemon::builder(&scratch).disk(&hangs, "").disk(&healthy, "").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    assert_eq!(fe.ready_lun(0, 0).read16(0, 1), [7; 512]);
+    fe.ready_lun(0, 1).write16(0, &[1; 512]);
+    fe.stop();
+    fe.reset_queues();
+    let hung = host.hang();
+    fe.start();
+    let works = |fe: &FrontEnd| {
+        let lun = fe.lun(0, 1);
+        take_attentions(&lun);
+        assert_eq!(lun.run_in(cdb::read16(0, 1), 512).expect_good().data(), [1; 512]);
+    };
+    works(&fe);
+    let lun = fe.lun(0, 0);
+    lun.inquiry();
+    take_attentions(&lun);
+    assert_eq!(lun.run_in(cdb::read16(0, 1), 512).status, status::BUSY);
+    assert_eq!(lun.run(cdb::format_unit(0)).status, status::BUSY);
+    // It goes, and the next one comes.
+    drop(fe);
+    let fe = FrontEnd::connect(&daemon);
+    works(&fe);
+    drop(hung);
+    let lun = fe.lun(0, 0);
+    take_attentions(&lun);
+    eventually("the disk can be used", || lun.run(cdb::test_unit_ready()).is_good());
+    assert_eq!(lun.run_in(cdb::read16(0, 1), 512).expect_good().data(), [7; 512]);
 }

@@ -321,36 +321,3 @@ fn a_failure_that_is_left_leaves_a_new_operation_alone() {
     assert_eq!(wait_while(&lun, SANITIZE_IN_PROGRESS), None);
     assert_filled(&image, 2);
 }
-
-/// The other way round: an operation that begins is not ended by the end of a failure before it.
-#[test]
-fn an_operation_that_begins_is_no_failure_to_leave() {
-    let Some(mount) = Mount::new(Kind::Ext4, 128) else { return };
-    let image = mount.path().join("disk.img");
-    std::fs::File::create(&image).unwrap().set_len(16 * MIB).unwrap();
-    let scratch = Scratch::new();
-    let faults = "fault=write:eio@8388608-8388609*1+write:delay-ms-100@1048576-16777216";
-    let daemon = Daemon::builder(&scratch).disk(&image, faults).spawn();
-    let fe = FrontEnd::builder().queues(2).connect(&daemon);
-    let lun = fe.ready_lun(0, 0);
-    overwrite(&lun, AUSE, 1, 1).expect_sense(SANITIZE_FAILED);
-    // Both have passed the checks that all commands pass when the first of them acts.
-    let mut answers = Vec::new();
-    let frozen = mount.freeze().expect("a frozen file system");
-    let again = lun.submit(&overwrite_request(&lun, AUSE | IMMED, 2));
-    std::thread::sleep(A_MOMENT);
-    for queue in [FIRST_REQUEST_QUEUE, FIRST_REQUEST_QUEUE + 1] {
-        let on = lun.on_queue(queue);
-        answers.push(on.submit(&on.request(cdb::sanitize(EXIT_FAILURE_MODE, 0))));
-    }
-    std::thread::sleep(A_MOMENT);
-    drop(frozen);
-    fe.wait(again).expect_good();
-    for answer in answers {
-        fe.wait(answer).expect_sense(SANITIZE_IN_PROGRESS);
-    }
-    assert_eq!(polled(&lun).0, SANITIZE_IN_PROGRESS);
-    assert_eq!(wait_while(&lun, SANITIZE_IN_PROGRESS), None);
-    assert_filled(&image, 2);
-    assert!(!notes(&image).exists());
-}

@@ -1048,6 +1048,31 @@ mod tests {
         assert!(FileStore::open(Path::new("/dev/null"), &PLAIN).unwrap_err().0.contains("special"));
     }
 
+    /// A journal that cannot be removed would be made good over what is stable by then.
+    #[test]
+    fn nothing_is_called_stable_while_a_journal_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.img");
+        std::fs::write(&path, [0; 8192]).unwrap();
+        for direct in [false, true] {
+            let options = OpenOptionsFor { direct, ..PLAIN };
+            let Ok(store) = FileStore::open(&path, &options) else { continue };
+            let left = folder.path().join("disk.img.thinlun-write");
+            std::fs::create_dir(&left).unwrap();
+            store.journal.as_ref().unwrap().leave();
+            let data = Buffers::copy_of(&[7; 4096]).unwrap();
+            store.write(0, &data, Durability::Cached).unwrap();
+            store.flush().unwrap_err();
+            store.write(0, &data, Durability::Stable).unwrap_err();
+            store.write_whole(0, &data).unwrap_err();
+            let stable = Operation::Write { offset: 0, from: data, durability: Durability::Stable };
+            assert!(store.try_now(&stable).is_none() && store.ring_file(&stable).is_none());
+            std::fs::remove_dir(&left).unwrap();
+            store.flush().unwrap();
+            stable.run(&store).unwrap();
+        }
+    }
+
     #[test]
     fn errors_carry_the_place_and_the_cause() {
         let full = OpenOptions::new().write(true).open("/dev/full").unwrap();

@@ -231,6 +231,12 @@ impl Journal {
         self.left.load(Ordering::Acquire)
     }
 
+    /// As if the file could not be removed.
+    #[cfg(test)]
+    pub(super) fn leave(&self) {
+        self.left.store(true, Ordering::Release);
+    }
+
     /// What is stable from now on must not be written over by the next who looks: a file that was left goes.
     ///
     /// # Errors
