@@ -180,6 +180,8 @@ Disk options (a comma in a path or value is doubled; without lun= the disks are 
   serial=TEXT, wwn=HEX  unit serial number and NAA name (default: made from the path)
   rotational            look like a disk that turns
   locking=off           do not lock the file: for the daemon that a guest migrates to
+  adopt                 take what lies beside the file (.thinlun, .thinlun-write) for its own though it
+                        is about another: once, for a copy or backup that was made of both
   fault=OP:EFFECT[@FROM-TO][*COUNT][+...]  let the host fail: OP read, write, flush, discard, zero,
                         copy or any; EFFECT eio, enospc, erofs, enomem, half, delay-ms-N
                         or stall-ms-N (as a frozen file system)

@@ -11,7 +11,10 @@ use crate::scsi::{DetectZeroes, Lun, LunNumber, LunSettings};
 use crate::store::Store;
 use crate::store::budget::Budget;
 use crate::store::faults::{Fault, Faults};
-use crate::store::file::{FileStore, OpenError, OpenOptionsFor, Provision, create, stable_name};
+use crate::store::file::{
+    FileStore, OpenError, OpenOptionsFor, Provision, Surroundings, create, left_over, plain,
+    stable_name,
+};
 
 /// Why the program does not start, and its exit status.
 #[derive(Debug, PartialEq, Eq)]
@@ -122,6 +125,8 @@ pub struct DiskConfig {
     pub space_limit: Option<u64>,
     /// Keep other processes away from the file.
     pub locking: bool,
+    /// What lies beside it is about it, though it says that it is about another.
+    pub adopt: bool,
     /// How its host fails, on request.
     pub faults: Vec<Fault>,
 }
@@ -153,6 +158,7 @@ impl DiskConfig {
             provision: Provision::default(),
             space_limit: None,
             locking: true,
+            adopt: false,
             faults: Vec::new(),
         };
         let mut seen = BTreeSet::new();
@@ -191,6 +197,7 @@ impl DiskConfig {
                 self.faults = faults.collect::<Result<_, _>>()?;
             }
             "locking" => self.locking = switch(value)?,
+            "adopt" => self.adopt = switch(value)?,
             "discard" => self.discard = switch(value)?,
             "discard-granularity" => self.discard_granularity = Some(size(given(value)?)?),
             "detect-zeroes" => {
@@ -368,12 +375,16 @@ fn check_distinct(disks: &[DiskConfig]) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Opens all disks. Files are created last, and if one cannot be, those created before it go again:
-/// a start that fails changes nothing. They go as well unless [`Created::keep`] is called, when nothing can fail any more.
+/// Opens all disks, for a process that will be `confined` or not. Files are created last, and if one cannot be, those
+/// created before it go again: a start that fails changes nothing. They go as well unless [`Created::keep`] is called, when
+/// nothing can fail any more.
 ///
 /// # Errors
 /// The first thing that is wrong.
-pub fn open_disks(disks: &[DiskConfig]) -> Result<(Vec<Arc<Lun>>, Created), StartError> {
+pub fn open_disks(
+    disks: &[DiskConfig],
+    confined: bool,
+) -> Result<(Vec<Arc<Lun>>, Created), StartError> {
     if disks.is_empty() {
         return Err(StartError::usage("no DISK given; thinlun --help shows how"));
     }
@@ -381,9 +392,10 @@ pub fn open_disks(disks: &[DiskConfig]) -> Result<(Vec<Arc<Lun>>, Created), Star
     check_distinct(disks)?;
     let mut created = Created::default();
     let mut open = Vec::new();
+    let there = |disk: &DiskConfig, new| Surroundings { new, adopt: disk.adopt, confined };
     for (index, disk) in disks.iter().enumerate() {
         if disk.path.exists() || disk.size.is_none() {
-            open.push((index, open_existing(disk)?));
+            open.push((index, open_existing(disk, there(disk, false))?));
         }
     }
     for (index, disk) in disks.iter().enumerate() {
@@ -392,7 +404,7 @@ pub fn open_disks(disks: &[DiskConfig]) -> Result<(Vec<Arc<Lun>>, Created), Star
                 return Err(disk.host_error("no such file, and a readonly disk is not created"));
             }
             created.create(disk, size)?;
-            open.push((index, open_existing(disk)?));
+            open.push((index, open_existing(disk, there(disk, true))?));
         }
     }
     open.sort_by_key(|(index, _)| *index);
@@ -405,9 +417,10 @@ pub fn open_disks(disks: &[DiskConfig]) -> Result<(Vec<Arc<Lun>>, Created), Star
     Ok((units, created))
 }
 
-fn open_existing(disk: &DiskConfig) -> Result<FileStore, StartError> {
+fn open_existing(disk: &DiskConfig, surroundings: Surroundings) -> Result<FileStore, StartError> {
     let host = |OpenError(why)| disk.host_error(&why);
-    let store = FileStore::open(&disk.path, &disk.open_options()).map_err(host)?;
+    let store = FileStore::open_among(&disk.path, &disk.open_options(), surroundings);
+    let store = store.map_err(host)?;
     let size = store.size().map_err(|e| disk.host_error(&e.to_string()))?;
     match disk.size {
         Some(asked) if asked != size => Err(disk.host_error(&format!(
@@ -420,24 +433,48 @@ fn open_existing(disk: &DiskConfig) -> Result<FileStore, StartError> {
 /// Files created by this start, removed again unless it succeeds.
 #[derive(Default)]
 #[must_use = "the files go with it"]
-pub struct Created(Vec<PathBuf>);
+pub struct Created {
+    files: Vec<PathBuf>,
+    /// What was remembered of others of their names.
+    left_over: Vec<PathBuf>,
+}
 
 impl Created {
     fn create(&mut self, disk: &DiskConfig, size: u64) -> Result<(), StartError> {
-        create(&disk.path, size, disk.provision).map_err(|OpenError(why)| disk.host_error(&why))?;
-        self.0.push(disk.path.clone());
+        let host = |OpenError(why)| disk.host_error(&why);
+        let left_over = left_over(&disk.path).map_err(host)?;
+        create(&disk.path, size, disk.provision).map_err(host)?;
+        self.files.push(disk.path.clone());
+        self.left_over.extend(left_over);
+        Ok(())
+    }
+
+    /// Removes what was remembered of other files of their names, so that it is not taken for theirs by the next start.
+    ///
+    /// # Errors
+    /// If something stays.
+    pub fn clear(&mut self) -> Result<(), StartError> {
+        for path in self.left_over.drain(..) {
+            let host = |why: std::io::Error| {
+                StartError::host(format!("{}: is left over: {}", path.display(), plain(&why)))
+            };
+            std::fs::remove_file(&path).map_err(host)?;
+            let directory = path.parent().unwrap_or(Path::new("/"));
+            std::fs::File::open(directory).and_then(|d| d.sync_all()).map_err(host)?;
+            log::info!("{}: was left over from another image, and is gone", path.display());
+        }
         Ok(())
     }
 
     /// They stay.
     pub fn keep(mut self) {
-        self.0.clear();
+        self.files.clear();
     }
 }
 
 impl Drop for Created {
     fn drop(&mut self) {
-        for path in &self.0 {
+        for path in &self.files {
             let _ = std::fs::remove_file(path);
         }
     }

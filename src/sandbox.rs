@@ -242,6 +242,18 @@ fn drop_capabilities() -> io::Result<()> {
     Ok(())
 }
 
+/// Does something as it can be done after [`enter`], without the capabilities that this thread still has.
+pub fn without_capabilities<T>(work: impl FnOnce() -> T) -> T {
+    let had = caps::read(None, CapSet::Effective).unwrap_or_default();
+    let _ = caps::clear(None, CapSet::Effective);
+    let result = work();
+    // It has them still where they can be taken up from.
+    if let Err(error) = caps::set(None, CapSet::Effective, &had) {
+        log::warn!("capabilities: {error}");
+    }
+    result
+}
+
 /// The newest Landlock that we know of; older ones do what they can.
 const LANDLOCK: ABI = ABI::V6;
 
@@ -516,7 +528,8 @@ const DISK: &[i64] = &[
     libc::SYS_ftruncate,
 ];
 
-const NAMES: &[i64] = &[libc::SYS_renameat, libc::SYS_renameat2, libc::SYS_unlinkat];
+const NAMES: &[i64] =
+    &[libc::SYS_newfstatat, libc::SYS_renameat, libc::SYS_renameat2, libc::SYS_unlinkat];
 
 /// FIONBIO, to take a connection up; BLKGETSIZE64.
 const MAIN_REQUESTS: &[i64] = &[0x5421, 0x8008_1272];

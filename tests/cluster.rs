@@ -53,6 +53,7 @@ const REGISTER: u8 = 0;
 const RESERVE: u8 = 1;
 const PREEMPT: u8 = 4;
 const PREEMPT_AND_ABORT: u8 = 5;
+const REGISTER_AND_IGNORE: u8 = 6;
 const APTPL: u8 = 1;
 const WRITE_EXCLUSIVE_REGISTRANTS_ONLY: u8 = 5;
 
@@ -133,6 +134,30 @@ fn reservations_keep_others_out_and_survive_a_crash() {
     let daemon = cluster(&scratch, 2, &disk, "");
     let [a, _] = guests(&daemon);
     assert!(keys(&a.ready_lun(0, 0)).is_empty());
+}
+
+/// A REGISTER that registers nobody does not take from others that their registrations survive.
+#[test]
+fn a_stranger_does_not_make_reservations_forgotten() {
+    let scratch = Scratch::new();
+    let disk = scratch.image("disk.img", MIB);
+    let mut daemon = cluster(&scratch, 2, &disk, "");
+    let [a, b] = guests(&daemon);
+    let (la, lb) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
+    reserve_out(&la, REGISTER, 0, 0, 0xa, APTPL).expect_good();
+    reserve_out(&la, RESERVE, WRITE_EXCLUSIVE_REGISTRANTS_ONLY, 0xa, 0, 0).expect_good();
+    for action in [REGISTER, REGISTER_AND_IGNORE] {
+        reserve_out(&lb, action, 0, 0, 0, 0).expect_good();
+        assert!(scratch.join("disk.img.thinlun").exists());
+    }
+    daemon.kill();
+    drop((a, b, daemon));
+    let daemon = cluster(&scratch, 2, &disk, "");
+    let [a, b] = guests(&daemon);
+    let (la, lb) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
+    assert_eq!(keys(&la), [0xa]);
+    let write = lb.run_out(cdb::write16(0, 1), &[7; 512]);
+    assert_eq!(write.status, RESERVATION_CONFLICT);
 }
 
 #[test]

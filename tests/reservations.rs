@@ -333,6 +333,73 @@ fn one_who_preempts_himself_only_changes_the_type() {
     assert_eq!(c.attentions(2), [RESERVATIONS_RELEASED]);
 }
 
+/// All registrations with the key go, that of who asks as well, unless it takes the reservation over.
+#[test]
+fn one_who_names_his_own_key_goes_with_the_others() {
+    for action in [PREEMPT, PREEMPT_AND_ABORT] {
+        // Nothing is reserved, or by somebody with another key.
+        for kind in [None, Some(5), Some(3)] {
+            let c = Cluster::new();
+            (1..3).for_each(|who| c.good(who, REGISTER, 0, 0, 7));
+            c.good(3, REGISTER, 0, 0, 3);
+            if let Some(kind) = kind {
+                c.good(3, RESERVE, kind, 3, 0);
+            }
+            let generation = c.generation();
+            c.good(1, action, 1, 7, 7);
+            assert_eq!((c.keys(), c.generation()), (vec![3], generation + 1));
+            assert_eq!(c.reservation(), kind.map(|kind| (3, kind)));
+            assert_eq!(c.attentions(2), [REGISTRATIONS_PREEMPTED]);
+            assert!(c.attentions(1).is_empty() && c.attentions(3).is_empty());
+            assert_eq!(c.out(1, action, 1, 7, 3), CONFLICT, "it is not registered any more");
+        }
+        // Alone with its key, and alone at all.
+        let c = Cluster::new();
+        (1..3).for_each(|who| c.good(who, REGISTER, 0, 0, who as u64));
+        c.good(1, action, 1, 1, 1);
+        assert_eq!(c.keys(), [2]);
+        c.good(2, action, 1, 2, 2);
+        assert!(c.keys().is_empty());
+        // One of those who all hold the reservation; with the last of them it ends.
+        for kind in [7, 8] {
+            let c = Cluster::new();
+            (1..3).for_each(|who| c.good(who, REGISTER, 0, 0, who as u64));
+            c.good(1, RESERVE, kind, 1, 0);
+            c.good(1, action, 1, 1, 1);
+            assert_eq!((c.keys(), c.reservation()), (vec![2], Some((0, kind))));
+            c.good(2, action, 1, 2, 2);
+            assert_eq!((c.keys(), c.reservation()), (vec![], None));
+        }
+        // The holder's key: who has it too and takes over stays.
+        let c = Cluster::new();
+        (1..4).for_each(|who| c.good(who, REGISTER, 0, 0, 7));
+        c.good(2, RESERVE, 6, 7, 0);
+        c.good(1, action, 1, 7, 7);
+        assert_eq!((c.keys(), c.reservation()), (vec![7], Some((7, 1))));
+        for preempted in [2, 3] {
+            assert_eq!(c.attentions(preempted), [REGISTRATIONS_PREEMPTED]);
+            assert_eq!(c.out(preempted, RESERVE, 1, 7, 0), CONFLICT);
+        }
+    }
+}
+
+/// REGISTER and REGISTER AND IGNORE EXISTING KEY, from no key to no key.
+#[test]
+fn who_is_not_registered_and_stays_so_changes_nothing() {
+    let c = Cluster::new();
+    c.good(1, REGISTER, 0, 0, 1);
+    c.good(1, RESERVE, 1, 1, 0);
+    let before = (c.keys(), c.reservation());
+    for action in [REGISTER, IGNORE] {
+        c.good(2, action, 0, 0, 0);
+        assert_eq!((c.keys(), c.reservation()), before);
+    }
+    c.good(2, IGNORE, 0, 9, 0);
+    assert_eq!(c.out(2, REGISTER, 0, 9, 0), CONFLICT);
+    assert_eq!((c.keys(), c.reservation()), before);
+    assert!((1..4).all(|who| c.attentions(who).is_empty()));
+}
+
 #[test]
 fn moving_a_reservation() {
     let c = Cluster::new();

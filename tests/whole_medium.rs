@@ -37,6 +37,10 @@ fn overwrite(lun: &Lun<'_>, flags: u8, passes: u8, byte: u8) -> ScsiResponse {
     lun.run_out(cdb::sanitize(flags | OVERWRITE, 5), &[passes, 0, 0, 1, byte])
 }
 
+fn overwrite_request(lun: &Lun<'_>, flags: u8, byte: u8) -> ScsiRequest {
+    lun.request(cdb::sanitize(flags | OVERWRITE, 5)).data_out([1, 0, 0, 1, byte])
+}
+
 /// REQUEST SENSE: the code and the progress, if there is one.
 fn polled(lun: &Lun<'_>) -> (sense::Code, Option<u16>) {
     let answer = lun.run_in(cdb::request_sense(false, 18), 18).expect_good();
@@ -336,4 +340,49 @@ fn many_operations_at_once_all_end() {
         }
     }
     lun.write10(0, &[1; 512]);
+}
+
+/// The end of a failure and a new operation at the same time: whichever comes first, the disk is not ready while it is
+/// erased, and the note says that it is.
+#[test]
+fn a_failure_that_is_left_leaves_a_new_operation_alone() {
+    let Some(mount) = Mount::new(Kind::Ext4, 128) else { return };
+    let image = mount.path().join("disk.img");
+    std::fs::File::create(&image).unwrap().set_len(16 * MIB).unwrap();
+    let scratch = Scratch::new();
+    // It fails once, and is slow then.
+    let faults = "fault=write:eio@8388608-8388609*1+write:delay-ms-100@1048576-16777216";
+    let mut daemon = Daemon::builder(&scratch).disk(&image, faults).spawn();
+    let fe = FrontEnd::builder().queues(2).connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    overwrite(&lun, AUSE, 1, 1).expect_sense(SANITIZE_FAILED);
+    let at_names = |daemon: &Daemon| {
+        let threads = daemon.diagnosis().thread_states();
+        threads.iter().any(|thread| thread.starts_with("names D"))
+    };
+    let frozen = mount.freeze().expect("a frozen file system");
+    let exit = lun.submit(&lun.request(cdb::sanitize(EXIT_FAILURE_MODE, 0)));
+    eventually("the end of the failure waits to be noted", || at_names(&daemon));
+    let again = overwrite_request(&lun, AUSE, 2);
+    let again = lun.on_queue(FIRST_REQUEST_QUEUE + 1).submit(&again);
+    std::thread::sleep(A_MOMENT);
+    drop(frozen);
+    fe.wait(exit).expect_good();
+    let running = || {
+        std::fs::read_to_string(notes(&image))
+            .is_ok_and(|noted| noted.contains("operation=running"))
+    };
+    eventually("the new operation is noted", running);
+    assert_eq!(lun.run(cdb::test_unit_ready()).sense_code(), Some(SANITIZE_IN_PROGRESS));
+    lun.run_read(cdb::read16(0, 1), 1).expect_sense(SANITIZE_IN_PROGRESS);
+    // A crash does not forget it.
+    daemon.kill();
+    assert!(running());
+    drop((fe, again));
+    let daemon = Daemon::builder(&scratch).disk(&image, "").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.lun(0, 0);
+    take_attentions(&lun);
+    assert_eq!(wait_while(&lun, SANITIZE_IN_PROGRESS), None);
+    assert_filled(&image, 2);
 }

@@ -12,9 +12,9 @@ use std::time::Duration;
 use crate::cli::{Cli, IoEngine, Sandbox};
 use crate::config::{DiskConfig, StartError, open_disks};
 use crate::sandbox::{self, Reach};
-use crate::scsi::{Target, background};
+use crate::scsi::Target;
 use crate::store::engine::uring;
-use crate::store::file::stable_name;
+use crate::store::file::{real_name, stable_name};
 use crate::vhost::{Device, Offer};
 use crate::{limits, logger};
 use ports::Ports;
@@ -48,7 +48,8 @@ pub fn run(cli: &Cli) -> Result<ExitCode, StartError> {
     // Before there is any other thread, so that all of them have these signals blocked.
     let signals = Signals::block().map_err(|e| StartError::host(format!("signals: {e}")))?;
     let checked: Vec<_> = endpoints.into_iter().map(Endpoint::check).collect::<Result<_, _>>()?;
-    let (units, created) = open_disks(&disks)?;
+    let (units, mut created) = open_disks(&disks, cli.sandbox == Sandbox::Strict)?;
+    created.clear()?;
     let sockets: Vec<_> = checked.into_iter().map(Checked::open).collect::<Result<_, _>>()?;
     for unit in &units {
         let s = unit.settings();
@@ -82,7 +83,6 @@ pub fn run(cli: &Cli) -> Result<ExitCode, StartError> {
     let count = u16::try_from(sockets.len()).unwrap_or(u16::MAX);
     let target = Arc::new(Target::new(units, count));
     let device = Arc::new(Device::new(Arc::clone(&target), offer).map_err(short)?);
-    target.disks().iter().for_each(background::resume);
     let ports = Ports::open(&device, &signals, sockets).map_err(short)?;
     created.keep();
     let all_ended = ports.serve(Duration::from_secs(cli.shutdown_timeout.into()));
@@ -110,11 +110,13 @@ fn lock_in(cli: &Cli, disks: &[DiskConfig]) -> Result<(), StartError> {
 /// What is reached by name from here on: beside the disks that change, and the sockets. Nothing is made beside a disk that
 /// is only read, nor beside a device: that is /dev.
 fn reach(disks: &[DiskConfig], sockets: &[PathBuf]) -> Vec<Reach> {
-    let folder = |path: &Path| Some(stable_name(path).ok()?.parent()?.to_path_buf());
+    let parent = |path: PathBuf| Some(path.parent()?.to_path_buf());
+    let folder = |path: &Path| parent(stable_name(path).ok()?);
     let changes = |disk: &&DiskConfig| {
         !disk.read_only && disk.path.metadata().is_ok_and(|metadata| metadata.is_file())
     };
-    let beside = disks.iter().filter(changes).filter_map(|disk| folder(&disk.path));
+    let beside =
+        disks.iter().filter(changes).filter_map(|disk| parent(real_name(&disk.path).ok()?));
     let sockets = sockets.iter().filter_map(|path| folder(path));
     beside.map(Reach::Beside).chain(sockets.map(Reach::Socket)).collect()
 }

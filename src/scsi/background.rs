@@ -1,23 +1,33 @@
 //! Format and sanitize operations: long, on their own thread, and not over before they are over. While
 //! one runs, or after one failed, the disk takes few other commands; neither a reset nor a restart of
 //! the program changes that (SBC-4 4.33, 4.11).
+//!
+//! An operation goes on only while commands can come, for only then the disk is surely this process's: when the last way for
+//! them ends, the operation stops and notes how far it is, and whoever is the next to take commands goes on from there. He
+//! looks for the note then, not when he starts, which may be before the operation did.
+//!
+//! The first block is the last to get its new contents. Until then it holds a mark that the note names, so that an image
+//! that has been replaced meanwhile, by name or in place, is not erased by a note that was about another.
 
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::fill::Fill;
 use super::lun::Lun;
 use super::sense::{Key, KeySpecific, ScsiError, Sense, asc};
-use crate::store::Cause;
 use crate::store::engine::Cancel;
+use crate::store::{Buffers, Cause, Durability, StoreError};
 
 /// The name that an operation is noted under while it has not ended well.
 const NOTE: &str = "operation";
 
 /// How often a command that waits for the end looks whether it was aborted.
 const LOOK: Duration = Duration::from_millis(50);
+
+/// How long it takes until a host that had nothing left may have something again.
+const SOON: Duration = Duration::from_millis(100);
 
 /// An operation on the whole medium.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +52,14 @@ enum State {
     Idle,
     Running(Work),
     Failed(Work),
+    /// Stopped, and noted: whoever is the next to take commands goes on.
+    Left(Work),
+    /// Commands can come again, and it is being found out what is noted; or, once that is known, put into force.
+    Unknown {
+        known: bool,
+    },
+    /// What lies beside the image needs a person.
+    Refused,
 }
 
 /// The operation of one disk.
@@ -49,12 +67,18 @@ enum State {
 pub struct Background {
     state: Mutex<State>,
     ended: Condvar,
-    /// Whether the state is anything but idle: what every command looks at.
+    /// Whether the state is anything but idle: what every command looks at. Changed with it.
     occupied: AtomicBool,
     /// How far it is, in 65536ths.
     progress: AtomicU16,
     /// Operations that have begun.
     begun: AtomicU64,
+    /// Commands can come. Changed with the state locked.
+    served: AtomicBool,
+    /// How often they could not before. As `served`.
+    takeovers: AtomicU64,
+    /// Held by who begins an operation or leaves the failure of one, which waits for the host.
+    changing: Mutex<()>,
 }
 
 /// Names an operation that was started.
@@ -75,7 +99,7 @@ pub enum Tolerance {
 }
 
 impl Background {
-    /// Nothing under way.
+    /// Nothing under way, and commands can come.
     pub fn idle() -> Self {
         Background {
             state: Mutex::new(State::Idle),
@@ -83,6 +107,9 @@ impl Background {
             occupied: AtomicBool::new(false),
             progress: AtomicU16::new(0),
             begun: AtomicU64::new(0),
+            served: AtomicBool::new(true),
+            takeovers: AtomicU64::new(0),
+            changing: Mutex::new(()),
         }
     }
 
@@ -90,10 +117,19 @@ impl Background {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn change(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn become_state(&self, state: State) {
-        self.occupied.store(state != State::Idle, Ordering::Release);
-        *self.state() = state;
+        self.put(&mut self.state(), state);
+    }
+
+    /// Puts another state in the place of this one, which is locked; returns this one.
+    fn put(&self, state: &mut State, new: State) -> State {
+        self.occupied.store(new != State::Idle, Ordering::Release);
         self.ended.notify_all();
+        std::mem::replace(state, new)
     }
 
     /// What REQUEST SENSE has to say about it.
@@ -103,21 +139,27 @@ impl Background {
 
     fn sense_of(&self, state: &State) -> Option<Sense> {
         let (key, asc, specific) = match state {
-            State::Idle => return None,
-            State::Running(work) => {
+            State::Idle | State::Unknown { .. } => return None,
+            State::Running(work) | State::Left(work) => {
                 let progress = KeySpecific::Progress(self.progress.load(Ordering::Acquire));
                 (Key::NotReady, work.in_progress(), Some(progress))
             }
             State::Failed(work) => (Key::MediumError, work.failed(), None),
+            State::Refused => (Key::NotReady, asc::NOT_READY_MANUAL_INTERVENTION_REQUIRED, None),
         };
         Some(Sense { specific, ..Sense::new(key, asc) })
+    }
+
+    /// Why nothing can be begun in a state.
+    fn refusal(&self, state: &State) -> ScsiError {
+        self.sense_of(state).map_or(ScsiError::Busy, ScsiError::Check)
     }
 
     /// Whether a command may run now.
     ///
     /// # Errors
     /// 02/04/04 or 02/04/1B with the progress while an operation runs, 03/31/00 or 03/31/03 after one
-    /// has failed.
+    /// has failed, BUSY while it is not known whether one does, 02/04/03 if that cannot be known.
     #[inline]
     pub fn check(&self, tolerance: Tolerance) -> Result<(), ScsiError> {
         match self.occupied.load(Ordering::Acquire) {
@@ -132,14 +174,11 @@ impl Background {
             return Ok(());
         }
         let state = self.state();
-        let passes = match (&*state, tolerance) {
-            (State::Failed(_), Tolerance::Mends) => true,
-            (State::Failed(Work::Format(_)), Tolerance::AfterFailedFormat) => true,
-            (State::Idle | State::Running(_) | State::Failed(_), _) => false,
-        };
-        match self.sense_of(&state) {
-            Some(sense) if !passes => Err(ScsiError::Check(sense)),
-            _ => Ok(()),
+        match (&*state, tolerance) {
+            (State::Idle, _) => Ok(()),
+            (State::Failed(_), Tolerance::Mends) => Ok(()),
+            (State::Failed(Work::Format(_)), Tolerance::AfterFailedFormat) => Ok(()),
+            _ => Err(self.refusal(&state)),
         }
     }
 
@@ -158,9 +197,9 @@ impl Background {
                 State::Idle => return Ok(()),
                 State::Running(_) if cancel.is_requested() => return Err(ScsiError::Aborted),
                 State::Running(_) => {}
-                State::Failed(_) => {
-                    let sense = self.sense_of(&state);
-                    return sense.map_or(Ok(()), |sense| Err(ScsiError::Check(sense)));
+                State::Failed(_) => return Err(self.refusal(&state)),
+                State::Left(_) | State::Unknown { .. } | State::Refused => {
+                    return Err(ScsiError::Aborted);
                 }
             }
             let waited = self.ended.wait_timeout(state, LOOK);
@@ -171,8 +210,10 @@ impl Background {
     /// EXIT FAILURE MODE. Blocks.
     ///
     /// # Errors
-    /// 05/24/00 if the sanitize operation that failed does not allow it.
+    /// 05/24/00 if the sanitize operation that failed does not allow it, as [`Background::check`] if one has begun since.
     pub fn exit_failure_mode(&self, lun: &Lun) -> Result<(), ScsiError> {
+        // Nothing begins between the look and the end of it.
+        let _alone = self.change();
         let state = self.state().clone();
         match state {
             State::Failed(Work::Sanitize { unrestricted_exit: true, .. }) => {
@@ -181,9 +222,96 @@ impl Background {
                 Ok(())
             }
             State::Failed(Work::Sanitize { .. }) => Err(ScsiError::cdb_field(1, 4)),
-            State::Idle | State::Running(_) | State::Failed(Work::Format(_)) => Ok(()),
+            State::Idle | State::Failed(Work::Format(_)) => Ok(()),
+            State::Running(_) | State::Left(_) | State::Unknown { .. } | State::Refused => {
+                Err(self.refusal(&state))
+            }
         }
     }
+
+    fn is_served(&self) -> bool {
+        self.served.load(Ordering::Acquire)
+    }
+
+    /// No more commands come: an operation stops at its next step, and what was not known yet stays so.
+    pub fn leave(&self) {
+        let _locked = self.state();
+        self.served.store(false, Ordering::Release);
+    }
+
+    /// Waits until nothing goes on any more that changes the medium or what is noted of it, or commands can come again.
+    pub fn wait_until_left(&self) {
+        let goes_on = |state: &mut State| {
+            let changes = matches!(state, State::Running(_) | State::Unknown { known: true });
+            changes && !self.is_served()
+        };
+        drop(self.ended.wait_while(self.state(), goes_on));
+    }
+
+    /// Waits until it is known what is noted, for so long at most.
+    pub fn wait_until_known(&self, end: Instant) {
+        let unknown = |state: &mut State| matches!(state, State::Unknown { .. });
+        let most = end.saturating_duration_since(Instant::now());
+        drop(self.ended.wait_timeout_while(self.state(), most, unknown));
+    }
+
+    /// It is known what is noted: puts that into force, unless that was found out for an earlier time.
+    fn is_known(&self, takeover: u64) -> bool {
+        let mut state = self.state();
+        let still = self.is_served() && self.takeovers.load(Ordering::Acquire) == takeover;
+        if still {
+            self.put(&mut state, State::Unknown { known: true });
+        }
+        still
+    }
+}
+
+/// Commands can come again: finds out what is noted, on the disk's own threads, and goes on with it. Until that is known most
+/// commands are BUSY.
+pub fn take_over(lun: &Arc<Lun>) {
+    let background = lun.background();
+    {
+        let mut state = background.state();
+        background.served.store(true, Ordering::Release);
+        background.takeovers.fetch_add(1, Ordering::AcqRel);
+        background.ended.notify_all();
+        match &*state {
+            // It has not been let go of.
+            State::Running(_) | State::Unknown { .. } => return,
+            State::Idle | State::Failed(_) | State::Left(_) | State::Refused => {}
+        }
+        background.put(&mut state, State::Unknown { known: false });
+    }
+    let on = Arc::clone(lun);
+    if lun.store().pool().run(Box::new(move || find_out(&on))).is_err() {
+        log::error!("{}: no thread to find out what is noted of it", lun.settings().serial);
+        background.become_state(State::Refused);
+    }
+}
+
+/// Finds out what is noted, and goes on with it. Blocks.
+fn find_out(lun: &Arc<Lun>) {
+    let background = lun.background();
+    loop {
+        let takeover = {
+            let mut state = background.state();
+            if !background.is_served() {
+                background.put(&mut state, State::Idle);
+                return;
+            }
+            background.put(&mut state, State::Unknown { known: false });
+            background.takeovers.load(Ordering::Acquire)
+        };
+        match lun.store().take_over(&|| background.is_known(takeover)) {
+            Ok(()) if background.is_known(takeover) => break,
+            Ok(()) | Err(StoreError { cause: Cause::Cancelled, .. }) => {}
+            Err(StoreError { cause: Cause::Busy, .. }) => std::thread::sleep(SOON),
+            Err(_) => return background.become_state(State::Refused),
+        }
+    }
+    lun.reservations().take_over(lun.store().notes());
+    lun.pages().take_over(lun.store().notes());
+    resume(lun);
 }
 
 /// Starts an operation, which is noted before anything happens. Blocks for the note. `first` comes before it on its thread,
@@ -202,115 +330,271 @@ pub fn start(
         return Err(ScsiError::from_store(loss, true, lun.block_size()));
     }
     let background = lun.background();
+    let conflict = |state: &State| match state {
+        State::Idle | State::Failed(Work::Format(_)) => false,
+        State::Failed(Work::Sanitize { .. }) => matches!(work, Work::Format(_)),
+        State::Running(_) | State::Left(_) | State::Unknown { .. } | State::Refused => true,
+    };
+    let check = |state: &State| match conflict(state) {
+        true => Err(background.refusal(state)),
+        false => Ok(()),
+    };
+    // Nobody waits for the host to be told that another was first.
+    check(&*background.state())?;
+    let _alone = background.change();
     let (before, started) = {
         let mut state = background.state();
-        let conflict = match &*state {
-            State::Idle | State::Failed(Work::Format(_)) => false,
-            State::Running(_) => true,
-            State::Failed(Work::Sanitize { .. }) => matches!(work, Work::Format(_)),
-        };
-        if conflict && let Some(sense) = background.sense_of(&state) {
-            return Err(ScsiError::Check(sense));
-        }
+        check(&*state)?;
         background.progress.store(0, Ordering::Release);
-        background.occupied.store(true, Ordering::Release);
         let started = Started(background.begun.fetch_add(1, Ordering::AcqRel) + 1);
-        (std::mem::replace(&mut *state, State::Running(work.clone())), started)
+        (background.put(&mut state, State::Running(work.clone())), started)
     };
+    let noted_before = lun.store().notes().get(NOTE);
+    let mut operation = Operation { work, from: Position::default(), mark: Mark::random() };
     // There is a thread for it before it is noted, so that nothing is noted that does not run.
-    let noted = spawn(lun, work.clone(), first).and_then(|begin| {
-        note(lun, Some(&format!("running {}", work.encode())))?;
+    let noted = spawn(lun, first).and_then(|begin| {
+        note(lun, Some(operation.running()))?;
+        // The mark comes after the note that names it: until both are there, nothing has begun.
+        if operation.mark.take_if(|mark| mark.write(lun).is_err()).is_some() {
+            note(lun, Some(operation.running()))?;
+        }
         Ok(begin)
     });
     match noted {
         Ok(begin) => {
-            let _ = begin.send(());
+            let _ = begin.send(operation);
             Ok(started)
         }
         Err(error) => {
+            if lun.store().notes().get(NOTE) != noted_before {
+                let _ = note(lun, noted_before);
+            }
             background.become_state(before);
             Err(error)
         }
     }
 }
 
-/// Takes up what was noted: an operation that was under way begins again, one that had failed still
-/// has.
-pub fn resume(lun: &Arc<Lun>) {
-    let Some(noted) = lun.store().notes().get(NOTE) else { return };
-    let (state, work) = noted.split_once(' ').unwrap_or(("failed", &noted));
-    // What cannot be read was an operation all the same: the disk has to be formatted again.
-    let work = Work::decode(work, lun.block_size());
-    let (work, known) = (work.clone().unwrap_or(Work::Format(Fill::Deallocated)), work.is_some());
-    let background = lun.background();
-    if state == "running" && known && !lun.store().capabilities().read_only {
-        log::info!("{}: {} begins again", lun.settings().serial, work.name());
-        background.become_state(State::Running(work.clone()));
-        match spawn(lun, work.clone(), || {}) {
-            Ok(begin) => drop(begin.send(())),
-            Err(_) => {
-                log::error!(
-                    "{}: no thread for it; it is repeated at the next start",
-                    lun.settings().serial
-                );
-                background.become_state(State::Failed(work));
+/// Takes up what is noted: an operation that was under way goes on, one that had failed still has.
+fn resume(lun: &Arc<Lun>) {
+    let (background, serial) = (lun.background(), &lun.settings().serial);
+    let Some(noted) = lun.store().notes().get(NOTE) else {
+        return background.become_state(State::Idle);
+    };
+    let (runs, operation) = Operation::decode(&noted, lun.block_size());
+    let work = operation.work.clone();
+    match operation.mark.as_ref().map(|mark| mark.is_in(lun)) {
+        None | Some(Ok(true)) => {}
+        Some(Ok(false)) => {
+            log::warn!(
+                "{serial}: a {} was noted that this image does not know of: it has been replaced, or all was done",
+                work.name()
+            );
+            if note(lun, None).is_err() {
+                log::error!("{serial}: nor could that be noted");
             }
+            return background.become_state(State::Idle);
         }
-    } else {
-        log::warn!(
-            "{}: {} has failed before and must be repeated",
-            lun.settings().serial,
-            work.name()
-        );
-        background.become_state(State::Failed(work));
+        Some(Err(error)) => {
+            log::error!("{serial}: whether a {} goes on cannot be read: {error}", work.name());
+            return background.become_state(State::Failed(work));
+        }
+    }
+    if !runs || lun.store().capabilities().read_only {
+        log::warn!("{serial}: {} has failed before and must be repeated", work.name());
+        return background.become_state(State::Failed(work));
+    }
+    log::info!("{serial}: {} goes on", work.name());
+    background.become_state(State::Running(work.clone()));
+    match spawn(lun, || {}) {
+        Ok(begin) => drop(begin.send(operation)),
+        Err(_) => {
+            log::error!("{serial}: no thread for it; it is repeated at the next start");
+            background.become_state(State::Failed(work));
+        }
     }
 }
 
 /// Makes the thread of an operation, which begins when it is told to, and ends if nobody will.
 fn spawn(
     lun: &Arc<Lun>,
-    work: Work,
     first: impl FnOnce() + Send + 'static,
-) -> Result<Sender<()>, ScsiError> {
+) -> Result<Sender<Operation>, ScsiError> {
     let on = Arc::clone(lun);
     let (begin, begins) = mpsc::channel();
     // Commands wait for it, as many as the pool has threads.
     let spawned = lun.store().pool().run_apart(Box::new(move || {
-        if begins.recv().is_err() {
-            return;
+        if let Ok(operation) = begins.recv() {
+            first();
+            carry_out(&on, operation);
         }
-        first();
-        let (background, serial) = (on.background(), &on.settings().serial);
-        // An operation has ended when a restart will not repeat it.
-        let done = work.run(&on).and_then(|()| note(&on, None));
-        let state = match done {
-            Ok(()) => {
-                log::info!("{serial}: {} is done", work.name());
-                State::Idle
-            }
-            Err(error) => {
-                log::error!("{serial}: {} failed: {error:?}", work.name());
-                if note(&on, Some(&format!("failed {}", work.encode()))).is_err() {
-                    log::error!(
-                        "{serial}: nor could that be noted: it is repeated at the next start"
-                    );
-                }
-                State::Failed(work)
-            }
-        };
-        background.become_state(state);
     }));
     spawned.map(|()| begin).map_err(|_| ScsiError::Busy)
 }
 
-fn note(lun: &Lun, text: Option<&str>) -> Result<(), ScsiError> {
-    let noted = lun.store().notes().set(NOTE, text);
+/// The life of an operation's thread.
+fn carry_out(lun: &Lun, mut operation: Operation) {
+    let (background, serial) = (lun.background(), &lun.settings().serial);
+    let name = operation.work.name();
+    loop {
+        // An operation has ended when a restart will not repeat it.
+        let failed = match operation.work.run(lun, operation.from) {
+            Ok(()) => match note(lun, None) {
+                Ok(()) => {
+                    log::info!("{serial}: {name} is done");
+                    return background.become_state(State::Idle);
+                }
+                Err(error) => End::Failed { error, marked: false },
+            },
+            Err(end) => end,
+        };
+        match failed {
+            End::Left(position) => {
+                operation.from = position;
+                if note(lun, Some(operation.running())).is_err() {
+                    log::error!("{serial}: how far {name} is could not be noted");
+                }
+                let mut state = background.state();
+                if !background.is_served() {
+                    log::info!("{serial}: {name} stops until commands can come");
+                    background.put(&mut state, State::Left(operation.work));
+                    return;
+                }
+            }
+            End::Failed { error, marked } => {
+                log::error!("{serial}: {name} failed: {error:?}");
+                operation.mark = operation.mark.filter(|_| marked);
+                if note(lun, Some(operation.failed())).is_err() {
+                    log::error!(
+                        "{serial}: nor could that be noted: it is repeated at the next start"
+                    );
+                }
+                return background.become_state(State::Failed(operation.work));
+            }
+        }
+    }
+}
+
+fn note(lun: &Lun, text: Option<String>) -> Result<(), ScsiError> {
+    let noted = lun.store().notes().set(NOTE, text.as_deref());
     noted.map_err(|error| match error.cause {
         // There is no block to name: it is the note that has no room.
         Cause::Busy => ScsiError::Busy,
         Cause::NoSpace | Cause::ReadOnly => ScsiError::from_store(error.cause.into(), true, 1),
         _ => ScsiError::Check(Sense::new(Key::HardwareError, asc::INTERNAL_TARGET_FAILURE)),
     })
+}
+
+/// Why an operation is not done.
+enum End {
+    /// No more commands come. What is before this position is done, and lasts.
+    Left(Position),
+    /// It failed; its mark is still in the image, if it was.
+    Failed { error: ScsiError, marked: bool },
+}
+
+/// How far an operation is: passes that are done, and bytes of the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Position {
+    pass: usize,
+    byte: u64,
+}
+
+/// What stands in the first block while the rest gets its new contents.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Mark(String);
+
+/// What is done again with the first block, in bytes.
+const HEAD: u64 = 1 << 20;
+
+const MARK: &[u8] = b"thinlun: erasing ";
+
+impl Mark {
+    /// One that is in no image yet; `None` if the host has no random numbers.
+    fn random() -> Option<Self> {
+        let mut number = [0; 16];
+        getrandom::fill(&mut number).ok()?;
+        Some(Mark(number.iter().map(|byte| format!("{byte:02x}")).collect()))
+    }
+
+    /// As noted.
+    fn parse(text: &str) -> Option<Self> {
+        let is_number = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        is_number.then(|| Mark(text.to_owned()))
+    }
+
+    /// The block that it stands in.
+    fn block(&self, lun: &Lun) -> Vec<u8> {
+        let mut block = [MARK, self.0.as_bytes()].concat();
+        block.resize(lun.block_size() as usize, 0);
+        block
+    }
+
+    fn write(&self, lun: &Lun) -> Result<(), StoreError> {
+        let block = Buffers::copy_of(&self.block(lun)).ok_or(Cause::Busy)?;
+        lun.store().write(0, &block, Durability::Stable)
+    }
+
+    fn is_in(&self, lun: &Lun) -> Result<bool, StoreError> {
+        let expected = self.block(lun);
+        let found = Buffers::zeroed(expected.len()).ok_or(Cause::Busy)?;
+        lun.store().read(0, &found)?;
+        Ok(found.to_vec(expected.len()) == expected)
+    }
+}
+
+/// An operation with all that is noted of it.
+struct Operation {
+    work: Work,
+    from: Position,
+    mark: Option<Mark>,
+}
+
+impl Operation {
+    /// As it is noted while it runs: `running@PASS.BYTE#MARK WORK`, without a position at the start.
+    fn running(&self) -> String {
+        let Position { pass, byte } = self.from;
+        let position = match self.from == Position::default() {
+            true => String::new(),
+            false => format!("@{pass}.{byte}"),
+        };
+        format!("running{position}{} {}", self.marked(), self.work.encode())
+    }
+
+    /// As it is noted when it has failed: `failed#MARK WORK`.
+    fn failed(&self) -> String {
+        format!("failed{} {}", self.marked(), self.work.encode())
+    }
+
+    fn marked(&self) -> String {
+        self.mark.as_ref().map_or(String::new(), |mark| format!("#{}", mark.0))
+    }
+
+    /// Whether it runs, and what it is. What cannot be read was an operation all the same: it does not run, and the disk
+    /// has to be formatted again.
+    fn decode(text: &str, block_size: u32) -> (bool, Self) {
+        let (state, work) = text.split_once(' ').unwrap_or(("failed", text));
+        let parse = || {
+            let (state, mark) = match state.split_once('#') {
+                Some((state, mark)) => (state, Some(Mark::parse(mark)?)),
+                None => (state, None),
+            };
+            let (state, from) = match state.split_once('@') {
+                Some((state, position)) => {
+                    let (pass, byte) = position.split_once('.')?;
+                    (state, Position { pass: pass.parse().ok()?, byte: byte.parse().ok()? })
+                }
+                None => (state, Position::default()),
+            };
+            let work = Work::decode(work, block_size)?;
+            Some((state == "running", Operation { work, from, mark }))
+        };
+        let unknown = || {
+            let work = Work::Format(Fill::Deallocated);
+            (false, Operation { work, from: Position::default(), mark: None })
+        };
+        parse().unwrap_or_else(unknown)
+    }
 }
 
 impl Work {
@@ -357,21 +641,44 @@ impl Work {
         }
     }
 
-    /// Does all of it and makes it last.
-    fn run(&self, lun: &Lun) -> Result<(), ScsiError> {
-        let whole = lun.bytes(0, lun.blocks())?;
+    /// Does all of it from a position on, and makes it last: the first block, with the mark, when all others are done.
+    fn run(&self, lun: &Lun, from: Position) -> Result<(), End> {
+        let behind = |error| End::Failed { error, marked: true };
+        let whole = lun.bytes(0, lun.blocks()).map_err(behind)?;
+        let first = lun.store().capabilities().host_block.max(lun.block_size());
+        let first = whole.end.min(first.into());
         let passes = self.passes();
         let total = u128::from(whole.end) * passes.len().max(1) as u128;
-        for (number, pass) in passes.iter().enumerate() {
+        let background = lun.background();
+        for (number, pass) in passes.iter().enumerate().skip(from.pass) {
+            let start = if number == from.pass { from.byte.max(first) } else { first };
             let before = u128::from(whole.end) * number as u128;
-            pass.run_on_all(lun, whole.clone(), |done| {
-                let part = (before + u128::from(done)) * 65536 / total.max(1);
+            let mut left = None;
+            let done = pass.run_on_all(lun, start.min(whole.end)..whole.end, |done| {
+                let byte = start + done;
+                let part = (before + u128::from(byte)) * 65536 / total.max(1);
                 let part = u16::try_from(part).unwrap_or(u16::MAX);
-                lun.background().progress.store(part, Ordering::Release);
-                Ok(())
-            })?;
+                background.progress.store(part, Ordering::Release);
+                if background.is_served() {
+                    return Ok(());
+                }
+                left = Some(Position { pass: number, byte });
+                Err(ScsiError::Aborted)
+            });
+            if left.is_none() {
+                done.map_err(behind)?;
+            }
             // Each pass reaches the medium before the next begins.
-            lun.settle(crate::store::Durability::Stable)?;
+            lun.settle(Durability::Stable).map_err(behind)?;
+            if let Some(position) = left {
+                return Err(End::Left(position));
+            }
+        }
+        let failed = |error| End::Failed { error, marked: false };
+        for pass in &passes {
+            // More than the block, as the host may give space back in larger pieces only.
+            pass.run_on_all(lun, 0..whole.end.min(HEAD), |_| Ok(())).map_err(failed)?;
+            lun.settle(Durability::Stable).map_err(failed)?;
         }
         Ok(())
     }
@@ -436,6 +743,41 @@ mod tests {
         }
         for text in ["", "format", "format 00", "sanitize zero 0 0 0", "sanitize zero 1 2 0"] {
             assert_eq!(Work::decode(text, 512), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_operation_is_noted_with_all_that_belongs_to_it() {
+        let work = Work::Format(Fill::Anchored);
+        let mark = Mark("0123456789abcdef0123456789abcdef".into());
+        for (text, position, marked) in [
+            ("running format zero", (0, 0), false),
+            ("running@2.1048576 format zero", (2, 1 << 20), false),
+            ("running#0123456789abcdef0123456789abcdef format zero", (0, 0), true),
+            ("running@0.9#0123456789abcdef0123456789abcdef format zero", (0, 9), true),
+        ] {
+            let (runs, found) = Operation::decode(text, 512);
+            assert!(runs && found.work == work, "{text}");
+            assert_eq!((found.from.pass, found.from.byte), position, "{text}");
+            assert_eq!(found.mark, Some(mark.clone()).filter(|_| marked), "{text}");
+            assert_eq!(found.running(), text);
+            assert_eq!(
+                found.failed(),
+                text.replace("running", "failed").replace("@2.1048576", "").replace("@0.9", "")
+            );
+            let (runs, again) = Operation::decode(&found.failed(), 512);
+            assert!(!runs && again.work == work && again.mark == found.mark, "{text}");
+        }
+        // What nobody understands erases nothing.
+        for text in [
+            "running",
+            "running@1 format zero",
+            "running@x.1 format zero",
+            "running#12 format zero",
+            "running format 00",
+        ] {
+            let (runs, found) = Operation::decode(text, 512);
+            assert!(!runs && found.work == Work::Format(Fill::Deallocated), "{text}");
         }
     }
 

@@ -125,6 +125,8 @@ pub struct Pages {
     pages: Mutex<Vec<Page>>,
     /// There is a place to save them in.
     saves: bool,
+    /// What is saved there, as far as is known.
+    noted: Mutex<Option<String>>,
     // What every command looks at, kept beside the pages so that it costs no lock.
     write_cache: AtomicBool,
     descriptor_sense: AtomicBool,
@@ -174,6 +176,7 @@ impl Pages {
         let all = Pages {
             pages: Mutex::new(restored(pages, notes)),
             saves: notes.survive(),
+            noted: Mutex::new(notes.get(NOTE)),
             write_cache: AtomicBool::new(write_cache),
             descriptor_sense: AtomicBool::new(false),
             software_write_protect: AtomicBool::new(false),
@@ -197,11 +200,30 @@ impl Pages {
         let own = pages.iter().filter(|page| page.is_changeable());
         let hex: String =
             own.flat_map(|page| &page.current).map(|byte| format!("{byte:02x}")).collect();
+        let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
         notes.set(NOTE, Some(&hex))?;
+        *noted = Some(hex);
         for (page, saved) in self.lock().iter_mut().zip(pages) {
             page.saved = saved.current;
         }
         Ok(())
+    }
+
+    /// What is saved may be another's by now: then the pages are as after a reset of that. Blocks.
+    pub fn take_over(&self, notes: &Notes) {
+        let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = notes.get(NOTE);
+        if *noted == now {
+            return;
+        }
+        *noted = now;
+        let mut pages = self.lock();
+        for page in pages.iter_mut() {
+            page.current.clone_from(&page.default);
+            page.saved.clone_from(&page.default);
+        }
+        *pages = restored(pages.clone(), notes);
+        self.apply(&pages);
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Page>> {

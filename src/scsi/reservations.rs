@@ -242,10 +242,17 @@ impl State {
                     return Err(CONFLICT);
                 }
                 match new {
-                    0 => self.unregister(port, &mut effects),
-                    key => drop(self.keys.insert(port, key)),
+                    // Who is not registered and does not want to be changes nothing, APTPL included (SPC-5 5.14.7).
+                    0 if registered == 0 => {}
+                    0 => {
+                        self.unregister(port, &mut effects);
+                        self.survives = survives;
+                    }
+                    key => {
+                        self.keys.insert(port, key);
+                        self.survives = survives;
+                    }
                 }
-                self.survives = survives;
             }
             Change::Reserve { key, kind } => {
                 self.check_key(port, key)?;
@@ -314,10 +321,13 @@ impl State {
         let loses = |state: &Self, p: &Port| everyone || state.keys.get(p) == Some(&other);
         let preempted: Vec<Port> =
             self.others(port).into_iter().filter(|p| loses(self, p)).collect();
-        if preempted.is_empty() && !takes_over {
+        // Who takes the reservation over keeps his registration. Else all go that have the key, his own as well; of that
+        // he is not told.
+        let own = !takes_over && self.keys.get(&port) == Some(&other);
+        if preempted.is_empty() && !takes_over && !own {
             return Err(CONFLICT);
         }
-        self.keys.retain(|p, _| !preempted.contains(p));
+        self.keys.retain(|p, _| !preempted.contains(p) && !(own && *p == port));
         effects.tell(preempted.iter().copied(), UnitAttention::RegistrationsPreempted);
         effects.preempted = preempted;
         if takes_over {
@@ -387,6 +397,15 @@ impl Reservations {
             }
         }
         reservations
+    }
+
+    /// What is noted may be another's by now: then that is in force. Blocks.
+    pub fn take_over(&self, notes: &Notes) {
+        let _alone = lock(&self.changing);
+        let generation = self.state().generation;
+        if notes.get(NOTE) != self.state().encode() {
+            self.become_state(State { generation, ..Self::of(notes).state() });
+        }
     }
 
     fn become_state(&self, new: State) {
@@ -552,6 +571,60 @@ mod tests {
         reservations.nexus_lost(one);
         reservations.change(other, register, &Notes::in_memory()).unwrap();
         assert_eq!((reservations.state().basic, reservations.reserve(one)), (None, Err(CONFLICT)));
+    }
+
+    /// Registrations that another process has changed are in force, others stay as they are.
+    #[test]
+    fn what_another_has_noted_is_in_force() {
+        let (notes, port) = (Notes::in_memory(), Port(2));
+        let (one, other) = (Reservations::of(&notes), Reservations::of(&notes));
+        let register = |new, survives| Change::Register { old: None, new, survives };
+        one.change(port, register(7, true), &notes).unwrap();
+        one.change(port, Change::Reserve { key: 7, kind: Type::WriteExclusive }, &notes).unwrap();
+        other.take_over(&notes);
+        assert!(other.state().holds(port) && other.reserved.load(Ordering::Acquire));
+        let before = one.state();
+        one.take_over(&notes);
+        assert_eq!(one.state(), before);
+        other.change(port, Change::Clear { key: 7 }, &notes).unwrap();
+        one.take_over(&notes);
+        assert_eq!(one.state(), State { generation: before.generation, ..State::default() });
+        assert!(!one.reserved.load(Ordering::Acquire));
+        // What is not to survive is nowhere else.
+        one.change(port, register(8, false), &notes).unwrap();
+        one.take_over(&notes);
+        assert_eq!(one.state().keys.get(&port), Some(&8));
+    }
+
+    /// Only who is registered, before or after, says whether registrations survive.
+    #[test]
+    fn a_stranger_who_stays_one_changes_nothing() {
+        let notes = Notes::in_memory();
+        let (port, stranger) = (Port(1), Port(2));
+        let reservations = Reservations::of(&notes);
+        let change = |who, change| reservations.change(who, change, &notes).unwrap();
+        change(port, Change::Register { old: None, new: 7, survives: true });
+        change(port, Change::Reserve { key: 7, kind: Type::ExclusiveAccess });
+        let (state, noted) = (reservations.state(), notes.get(NOTE));
+        assert!(noted.is_some());
+        for old in [Some(0), None] {
+            for survives in [false, true] {
+                let effects = change(stranger, Change::Register { old, new: 0, survives });
+                assert_eq!(effects, Effects::default());
+                // That it was asked for is counted.
+                let generation = reservations.state().generation;
+                assert_eq!(reservations.state(), State { generation, ..state.clone() });
+                assert_eq!(notes.get(NOTE), noted);
+            }
+        }
+        let wrong = Change::Register { old: Some(9), new: 0, survives: false };
+        assert_eq!(reservations.change(stranger, wrong, &notes), Err(CONFLICT));
+        // Who comes and who goes may.
+        change(stranger, Change::Register { old: None, new: 8, survives: false });
+        assert!(!reservations.state().survives && notes.get(NOTE).is_none());
+        change(stranger, Change::Register { old: Some(8), new: 0, survives: true });
+        assert!(reservations.state().survives);
+        assert_eq!(notes.get(NOTE), noted);
     }
 
     #[test]

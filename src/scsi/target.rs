@@ -3,10 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use super::address::{LunNumber, REPORT_LUNS_WLUN};
 use super::attention::{Nexus, Port, UnitAttention};
+use super::background;
 use super::copy::{self, CopyManager};
 use super::lun::Lun;
 
@@ -57,7 +59,21 @@ pub struct Target {
     nexuses: Mutex<Vec<Weak<Nexus>>>,
     tasks: OnceLock<Weak<dyn Tasks>>,
     copies: Arc<CopyManager>,
+    service: Mutex<Service>,
 }
+
+/// Whether commands can come.
+#[derive(Default)]
+struct Service {
+    /// In how many ways, of all initiators.
+    ways: usize,
+    /// Until when the first of them waits for what is being found out of the disks.
+    patience: Option<Instant>,
+}
+
+/// How long commands are kept from coming while it is found out what is noted of the disks. After that those to disks of
+/// which it is not known yet are BUSY: their host hangs, and that of others does not.
+const TAKING_OVER: Duration = Duration::from_secs(1);
 
 impl Target {
     /// A target over these disks, in the order of their index, with so many ports.
@@ -74,7 +90,41 @@ impl Target {
             nexuses: Mutex::default(),
             tasks: OnceLock::new(),
             copies: Arc::new(CopyManager::new(ports)),
+            service: Mutex::default(),
         }
+    }
+
+    fn service(&self) -> MutexGuard<'_, Service> {
+        self.service.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Commands are about to come in one more way. With the first the disks are taken over from whoever had them before:
+    /// another process, or this one an hour ago.
+    pub fn begin_service(&self) {
+        let mut service = self.service();
+        service.ways += 1;
+        if service.ways == 1 {
+            service.patience = Some(Instant::now() + TAKING_OVER);
+            self.disks.iter().for_each(background::take_over);
+        }
+        let patience = service.patience;
+        drop(service);
+        for (disk, end) in self.disks.iter().zip(patience.into_iter().cycle()) {
+            disk.background().wait_until_known(end);
+        }
+    }
+
+    /// Commands come in one way less, and none is under way there. When the last has ended the disks may be another
+    /// process's: nothing that writes to them, or notes anything of them, goes on when this returns.
+    pub fn end_service(&self) {
+        let mut service = self.service();
+        service.ways = service.ways.saturating_sub(1);
+        if service.ways > 0 {
+            return;
+        }
+        self.disks.iter().for_each(|disk| disk.background().leave());
+        drop(service);
+        self.disks.iter().for_each(|disk| disk.background().wait_until_left());
     }
 
     /// Its ports.

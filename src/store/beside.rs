@@ -4,14 +4,13 @@
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat, renameat};
-use nix::sys::stat::Mode;
+use nix::fcntl::{AtFlags, OFlag, openat, renameat};
+use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::Pool;
@@ -19,9 +18,22 @@ use crate::sandbox::{self, Role};
 
 const OURS: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 
+/// What is added to a name while a file is written that is to have it.
+pub(super) const NEW: &str = ".new";
+
+/// How a file is opened that may be anything: what is no file of ours is not followed and not waited for.
+const LOOK: OFlag =
+    OFlag::O_RDONLY.union(OFlag::O_NONBLOCK).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
+
 /// The directory of an image, held open: what it is called may change.
 pub(super) struct Directory {
     file: File,
+    /// The image's name in it, and which file it had when it was opened.
+    image: OsString,
+    device: u64,
+    inode: u64,
+    /// The image, for people.
+    path: PathBuf,
     /// Uses the names in it, once nobody else may. It is started for the first of them and stays, so that what was begun
     /// can be ended. No other disk has to do with it, for it hangs with its file system.
     names: Pool,
@@ -33,30 +45,71 @@ impl std::fmt::Debug for Directory {
     }
 }
 
+/// The name of an image has been given to another file.
+fn replaced() -> io::Error {
+    io::Error::other("another file has its name now")
+}
+
+/// Removes a file if it is there.
+fn remove(directory: &File, name: &OsString) -> nix::Result<()> {
+    match unlinkat(directory, name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
+        Err(Errno::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
 impl Directory {
-    /// That of `image`, the directory of which is resolved already.
+    /// That of an image, open as `image`, the name of which is resolved already.
     ///
     /// # Errors
     /// If it cannot be opened.
-    pub(super) fn of(image: &Path) -> io::Result<Arc<Self>> {
-        let directory = image.parent().ok_or(ErrorKind::InvalidInput)?;
+    pub(super) fn of(path: &Path, image: &File) -> io::Result<Arc<Self>> {
+        let directory = path.parent().ok_or(ErrorKind::InvalidInput)?;
         let options = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).clone();
-        let file = options.open(directory)?;
-        Ok(Arc::new(Directory { file, names: Pool::new("names", Role::Names, 1) }))
+        let metadata = image.metadata()?;
+        Ok(Arc::new(Directory {
+            file: options.open(directory)?,
+            image: path.file_name().ok_or(ErrorKind::InvalidInput)?.to_owned(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            path: path.to_owned(),
+            names: Pool::new("names", Role::Names, 1),
+        }))
+    }
+
+    /// The image, for people.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Has somebody who may do it use names, and waits for that.
     fn with_names<T: Send + 'static>(
         self: &Arc<Self>,
-        work: impl FnOnce(&File) -> nix::Result<T> + Send + 'static,
+        work: impl FnOnce(&Self) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        self.left_to(|pool, work| pool.run(work).map(drop), work)
+    }
+
+    /// The same by a thread that ends with it, where nothing is begun that has to be ended.
+    fn with_names_once<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        self.left_to(Pool::run_apart, work)
+    }
+
+    fn left_to<T: Send + 'static>(
+        self: &Arc<Self>,
+        run: impl FnOnce(&Pool, super::pool::Work) -> io::Result<()>,
+        work: impl FnOnce(&Self) -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
         if !sandbox::is_entered() {
-            return Ok(work(&self.file)?);
+            return work(self);
         }
         let (done, result) = mpsc::sync_channel(1);
         let on = Arc::clone(self);
-        self.names.run(Box::new(move || drop(done.send(work(&on.file)))))?;
-        Ok(result.recv().map_err(|_| ErrorKind::BrokenPipe)??)
+        run(&self.names, Box::new(move || drop(done.send(work(&on)))))?;
+        result.recv().map_err(|_| ErrorKind::BrokenPipe)?
     }
 
     /// A file without a name, gone with its descriptor.
@@ -65,8 +118,88 @@ impl Directory {
     /// If its file system has no such files, or no room.
     pub(super) fn unnamed_file(self: &Arc<Self>) -> io::Result<File> {
         let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
-        Ok(self.with_names(move |directory| openat(directory, ".", flags, OURS))?.into())
+        Ok(self.with_names(move |on| Ok(openat(&on.file, ".", flags, OURS)?))?.into())
     }
+
+    /// Whether the image's name leads to another file now. While it leads nowhere, what is kept under it is still the
+    /// image's, and says so.
+    fn is_replaced(&self) -> bool {
+        fstatat(&self.file, self.image.as_os_str(), AtFlags::empty())
+            .is_ok_and(|found| (found.st_dev, found.st_ino) != (self.device, self.inode))
+    }
+
+    fn name_of(&self, suffix: &str) -> OsString {
+        let mut name = self.image.clone();
+        name.push(suffix);
+        name
+    }
+
+    /// Opens what is kept beside the image under these suffixes. Where nobody else is at it (`alone`), what was begun there
+    /// and never had its name goes. `None` if the image's name is another file's by now: what lies there is not about it.
+    ///
+    /// # Errors
+    /// If something is there and cannot be opened, or the host has no thread for it.
+    pub(super) fn look<const N: usize>(
+        self: &Arc<Self>,
+        suffixes: [&'static str; N],
+        alone: bool,
+    ) -> io::Result<Option<[Option<File>; N]>> {
+        self.with_names_once(move |on| {
+            if on.is_replaced() {
+                return Ok(None);
+            }
+            let mut found = [const { None }; N];
+            for (suffix, place) in suffixes.into_iter().zip(&mut found) {
+                let name = on.name_of(suffix);
+                if alone {
+                    // It is in nobody's way if it stays.
+                    let _ = remove(&on.file, &on.name_of(&format!("{suffix}{NEW}")));
+                }
+                *place = match openat(&on.file, name.as_os_str(), LOOK, Mode::empty()) {
+                    Ok(file) => Some(file.into()),
+                    Err(Errno::ENOENT | Errno::ENAMETOOLONG) => None,
+                    Err(error) => return Err(error.into()),
+                };
+            }
+            Ok(Some(found))
+        })
+    }
+
+    /// Tries out whether this thread can keep files beside the image, with names as long as those will be.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub(super) fn try_out(&self) -> io::Result<()> {
+        let name = self.name_of(&format!(".thinlun-{:09x}", std::process::id()));
+        let flags =
+            OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        match openat(&self.file, name.as_os_str(), flags, OURS) {
+            // What another of this number has left.
+            Ok(_) | Err(Errno::EEXIST) => Ok(remove(&self.file, &name)?),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// All bytes of a file, or the first `most` of them; none of no file.
+///
+/// # Errors
+/// If it cannot be read.
+pub(super) fn bytes_of(file: Option<File>, most: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if let Some(file) = file {
+        file.take(most).read_to_end(&mut bytes)?;
+    }
+    Ok(bytes)
+}
+
+/// The first bytes of whatever is at `path`, if it can be read at once.
+///
+/// # Errors
+/// If it cannot.
+pub(super) fn peek(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let file = OpenOptions::new().read(true).custom_flags(LOOK.bits()).open(path)?;
+    bytes_of(Some(file), most)
 }
 
 /// Where such a file is, or can be made.
@@ -76,67 +209,192 @@ pub(super) struct Beside {
     name: OsString,
 }
 
+/// A file could not be replaced, or removed.
+#[derive(Debug)]
+pub(super) struct Failed {
+    /// Why.
+    pub error: io::Error,
+    /// It has happened all the same, as far as can be seen; a crash may undo it.
+    pub happened: bool,
+}
+
 impl Beside {
-    /// The file in the directory of `image` whose name is that of `image`, and `suffix`.
-    ///
-    /// # Errors
-    /// If the image has no name.
-    pub(super) fn of(directory: &Arc<Directory>, image: &Path, suffix: &str) -> io::Result<Self> {
-        let mut name = image.file_name().ok_or(ErrorKind::InvalidInput)?.to_owned();
-        name.push(suffix);
-        Ok(Beside { directory: Arc::clone(directory), name })
+    /// The file in the directory of the image whose name is that of the image, and `suffix`.
+    pub(super) fn of(directory: &Arc<Directory>, suffix: &str) -> Self {
+        Beside { directory: Arc::clone(directory), name: directory.name_of(suffix) }
     }
 
-    fn open(&self, name: OsString, flags: OFlag) -> io::Result<OwnedFd> {
-        let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-        self.directory.with_names(move |d| openat(d, name.as_os_str(), flags, OURS))
+    /// What it is called, for people.
+    pub(super) fn path(&self) -> PathBuf {
+        self.directory.path.with_file_name(&self.name)
     }
 
-    /// Its contents, or the first `most` bytes of them; nothing if there is no such file.
+    /// Uses names unless what they lead to belongs to another image by now.
+    fn with_names<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&File) -> nix::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        self.directory.with_names(move |on| match on.is_replaced() {
+            true => Err(replaced()),
+            false => Ok(work(&on.file)?),
+        })
+    }
+
+    /// The first `most` bytes of it; none if it is not there.
     ///
     /// # Errors
-    /// If it is there and cannot be read.
+    /// If it cannot be read.
     pub(super) fn read(&self, most: u64) -> io::Result<Vec<u8>> {
-        let file = match self.open(self.name.clone(), OFlag::O_RDONLY | OFlag::O_NONBLOCK) {
-            Ok(file) => File::from(file),
-            Err(error) => match error.raw_os_error() {
-                Some(libc::ENOENT | libc::ENAMETOOLONG) => return Ok(Vec::new()),
-                _ => return Err(error),
-            },
-        };
-        let mut bytes = Vec::new();
-        file.take(most).read_to_end(&mut bytes)?;
-        Ok(bytes)
+        let name = self.name.clone();
+        let file = self.with_names(move |d| {
+            match openat(d, name.as_os_str(), LOOK, Mode::empty()) {
+                Ok(file) => Ok(Some(File::from(file))),
+                Err(Errno::ENOENT) => Ok(None),
+                Err(error) => Err(error),
+            }
+        })?;
+        bytes_of(file, most)
     }
 
     /// Has a new file, which `fill` fills, take the old one's place. When it returns, a crash changes nothing about it.
     ///
     /// # Errors
-    /// If the host cannot keep it; then the old one stays.
-    pub(super) fn replace(&self, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
+    /// If the host cannot keep it.
+    pub(super) fn replace(
+        &self,
+        fill: impl FnOnce(&mut File) -> io::Result<()>,
+    ) -> Result<(), Failed> {
         let mut new = self.name.clone();
-        new.push(".new");
-        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC;
-        let mut file = File::from(self.open(new.clone(), flags)?);
+        new.push(NEW);
+        let made = self.fill(&new, fill).and_then(|()| {
+            let (from, to) = (new.clone(), self.name.clone());
+            self.with_names(move |d| renameat(d, from.as_os_str(), d, to.as_os_str()))
+        });
+        if let Err(error) = made {
+            // Nothing is left of it, where that can be had.
+            let _ = self.with_names(move |d| remove(d, &new));
+            return Err(Failed { error, happened: false });
+        }
+        self.make_last()
+    }
+
+    fn make_last(&self) -> Result<(), Failed> {
+        self.directory.file.sync_all().map_err(|error| Failed { error, happened: true })
+    }
+
+    fn fill(
+        &self,
+        new: &OsString,
+        fill: impl FnOnce(&mut File) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let (name, flags) = (new.clone(), OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC);
+        let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let file = self.with_names(move |d| openat(d, name.as_os_str(), flags, OURS))?;
+        let mut file = File::from(file);
         fill(&mut file)?;
-        file.sync_all()?;
-        let name = self.name.clone();
-        self.directory.with_names(move |d| renameat(d, new.as_os_str(), d, name.as_os_str()))?;
-        self.directory.file.sync_all()
+        file.sync_all()
     }
 
     /// Removes it, if it is there. When it returns, a crash does not bring it back.
     ///
     /// # Errors
-    /// If it stays.
-    pub(super) fn remove(&self) -> io::Result<()> {
+    /// If it stays, or may come back.
+    pub(super) fn remove(&self) -> Result<(), Failed> {
         let name = self.name.clone();
-        self.directory.with_names(move |d| {
-            match unlinkat(d, name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
-                Err(Errno::ENOENT) => Ok(()),
-                other => other,
-            }
-        })?;
-        self.directory.file.sync_all()
+        let removed = self.with_names(move |d| remove(d, &name));
+        removed.map_err(|error| Failed { error, happened: false })?;
+        self.make_last()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::io::Write;
+
+    fn image(folder: &Path) -> (PathBuf, Arc<Directory>) {
+        let path = folder.join("disk.img");
+        fs::write(&path, [0; 512]).unwrap();
+        let directory = Directory::of(&path, &File::open(&path).unwrap()).unwrap();
+        (path, directory)
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let name = |entry: io::Result<fs::DirEntry>| entry.unwrap().file_name().into_string();
+        let mut names: Vec<String> =
+            fs::read_dir(folder).unwrap().map(|entry| name(entry).unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn what_could_not_be_written_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, directory) = image(folder.path());
+        let beside = Beside::of(&directory, ".kept");
+        beside.replace(|file| file.write_all(b"old")).unwrap();
+        let failed = beside.replace(|file| {
+            file.write_all(b"secret")?;
+            Err(ErrorKind::StorageFull.into())
+        });
+        assert!(!failed.unwrap_err().happened);
+        assert_eq!(names(folder.path()), ["disk.img", "disk.img.kept"]);
+        assert_eq!(fs::read(folder.path().join("disk.img.kept")).unwrap(), b"old");
+    }
+
+    /// Begun by one who died. Who is not alone there leaves it: somebody may be about to give it its name.
+    #[test]
+    fn what_was_left_unfinished_goes_when_nobody_else_is_at_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, directory) = image(folder.path());
+        let left = folder.path().join("disk.img.kept.new");
+        fs::write(&left, "secret").unwrap();
+        fs::write(folder.path().join("disk.img.kept"), "kept").unwrap();
+        for alone in [false, true] {
+            let [kept, other] = directory.look([".kept", ".other"], alone).unwrap().unwrap();
+            assert_eq!(bytes_of(kept, 3).unwrap(), b"kep");
+            assert!(other.is_none());
+            assert_eq!(left.exists(), !alone);
+        }
+    }
+
+    /// The name of the image has been given to another file, to which then belongs what lies beside it.
+    #[test]
+    fn what_belongs_to_another_image_is_not_touched() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, directory) = image(folder.path());
+        let beside = Beside::of(&directory, ".kept");
+        // Without a name it has kept its own.
+        fs::rename(&path, folder.path().join("moved.img")).unwrap();
+        beside.replace(|file| file.write_all(b"old")).unwrap();
+        fs::write(&path, [1; 512]).unwrap();
+        fs::write(beside.path(), "another's").unwrap();
+        assert!(directory.look([".kept"], true).unwrap().is_none());
+        assert!(!beside.replace(|file| file.write_all(b"new")).unwrap_err().happened);
+        beside.remove().unwrap_err();
+        assert_eq!(fs::read(beside.path()).unwrap(), b"another's");
+        assert_eq!(names(folder.path()), ["disk.img", "disk.img.kept", "moved.img"]);
+        // As it was.
+        fs::rename(folder.path().join("moved.img"), &path).unwrap();
+        beside.remove().unwrap();
+        assert_eq!(names(folder.path()), ["disk.img"]);
+    }
+
+    #[test]
+    fn trying_out_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, directory) = image(folder.path());
+        let left = format!("disk.img.thinlun-{:09x}", std::process::id());
+        directory.try_out().unwrap();
+        fs::write(folder.path().join(left), "").unwrap();
+        directory.try_out().unwrap();
+        assert_eq!(names(folder.path()), ["disk.img"]);
+        // A name for which there would be no room.
+        let long = folder.path().join("n".repeat(250));
+        fs::write(&long, [0; 512]).unwrap();
+        let directory = Directory::of(&long, &File::open(&long).unwrap()).unwrap();
+        assert_eq!(directory.try_out().unwrap_err().raw_os_error(), Some(libc::ENAMETOOLONG));
+        assert!(directory.look([".kept"], true).unwrap().is_some_and(|[kept]| kept.is_none()));
     }
 }

@@ -284,6 +284,10 @@ impl<S: Store> Store for Budget<S> {
         self.store.notes()
     }
 
+    fn take_over(&self, go_on: &dyn Fn() -> bool) -> Result<(), StoreError> {
+        self.store.take_over(go_on)
+    }
+
     fn pool(&self) -> &Pool {
         self.store.pool()
     }

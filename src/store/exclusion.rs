@@ -469,6 +469,10 @@ impl Store for Exclusion {
         self.store.notes()
     }
 
+    fn take_over(&self, go_on: &dyn Fn() -> bool) -> Result<(), StoreError> {
+        self.store.take_over(go_on)
+    }
+
     fn pool(&self) -> &Pool {
         self.store.pool()
     }

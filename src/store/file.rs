@@ -1,9 +1,11 @@
 //! A disk in a regular file or on a block device.
 
-use std::fs::{File, OpenOptions};
+use std::ffi::OsStr;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,9 +14,10 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, copy_file_range, fcntl, posix_fadvise};
 
 use super::at_once::AtOnce;
-use super::beside::Directory;
+use super::beside::{self, Directory};
 use super::copy::{self, CopyError, Holes, Method, Side};
 use super::extents::{self, Knowledge};
+use super::identity::Identity;
 use super::journal::{self, Journal};
 use super::lock::{LockError, lock_image_soon};
 use super::loop_device::BackingFile;
@@ -22,9 +25,9 @@ use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::sys::FileSystem;
 use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Piece, Pool,
-    RingFile, Snapshot, Space, Store, StoreError, WriteBack, sys,
+    RingFile, Snapshot, Space, Store, StoreError, WriteBack, notes, sys,
 };
-use crate::sandbox::Role;
+use crate::sandbox::{self, Role};
 
 /// Threads that may block in one file at the same time.
 const POOL_THREADS: usize = 16;
@@ -50,6 +53,24 @@ pub struct OpenOptionsFor {
     pub locking: bool,
 }
 
+/// What to make of the files that lie beside an image.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Surroundings {
+    /// The image has just been made: nothing that lies there is about it.
+    pub new: bool,
+    /// What lies there is about the image, though it says that it is about another.
+    pub adopt: bool,
+    /// This process is about to give up its capabilities: what only they allow cannot be done later.
+    pub confined: bool,
+}
+
+impl Surroundings {
+    /// Does something with the privileges that there will be.
+    fn within<T>(self, work: impl FnOnce() -> T) -> T {
+        if self.confined { sandbox::without_capabilities(work) } else { work() }
+    }
+}
+
 /// A regular file or a block device, open and locked.
 #[derive(Debug)]
 pub struct FileStore {
@@ -73,10 +94,14 @@ pub struct FileStore {
     deallocate: Ladder,
     reserve: Ladder,
     notes: Notes,
-    /// For writes that are whole or not begun; a block device has none.
+    /// For writes that are whole or not begun, where something can be kept beside it: not where it is only read, nor
+    /// beside a block device.
     journal: Option<Journal>,
     /// Where notes, the journal and unnamed files that share its blocks are made; a block device has none.
     directory: Option<Arc<Directory>>,
+    identity: Identity,
+    /// What lies beside it is about it, whatever it says.
+    adopt: bool,
     pool: Pool,
 }
 
@@ -85,6 +110,9 @@ impl std::fmt::Debug for Pool {
         f.write_str("Pool")
     }
 }
+
+/// Somebody else has come between the name and the file.
+const CHANGED: &str = "changed while it was being opened; try again";
 
 /// Why a file cannot be served: what, and what to do about it, without the path.
 #[derive(Debug, PartialEq, Eq)]
@@ -140,12 +168,24 @@ impl FileStore {
     /// # Errors
     /// A sentence for people if it cannot be served as asked.
     pub fn open(path: &Path, options: &OpenOptionsFor) -> Result<Self, OpenError> {
+        Self::open_among(path, options, Surroundings::default())
+    }
+
+    /// The same, with more to be said of what lies beside it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_among(
+        path: &Path,
+        options: &OpenOptionsFor,
+        surroundings: Surroundings,
+    ) -> Result<Self, OpenError> {
         let block_device = check_kind(path)?;
         let file = open_file(path, options)?;
         // The name may have been given to another file in between: believe the open file.
         let kind = file.metadata().map_err(|e| plain(&e))?.file_type();
         if !(kind.is_file() || (kind.is_block_device() && block_device)) {
-            return Err("changed while it was being opened; try again".into());
+            return Err(CHANGED.into());
         }
         let locked = match options.locking {
             true => lock_image_soon(&file, options.read_only),
@@ -159,7 +199,7 @@ impl FileStore {
             LockError::Host(e) => format!("cannot be locked: {}", plain(&e)).into(),
         })?;
         let witness = witness(&file, path)?;
-        let mut store = Self::assemble(file, path, block_device, options)?;
+        let mut store = Self::assemble(file, path, block_device, options, surroundings)?;
         store.check_size(options.block_size)?;
         // Before anything is written: what failed before this start and was told to nobody is not to be taken for ours.
         let size = store.size_bytes().map_err(|e| plain(&e))?;
@@ -171,39 +211,114 @@ impl FileStore {
         store.write_back.look();
         // Nothing can be kept beside a device node: /dev is made anew by every boot.
         if !block_device {
-            let image = stable_name(path).map_err(|e| plain(&e))?;
-            let directory = match &store.directory {
-                Some(directory) => Arc::clone(directory),
-                None => Directory::of(&image)
-                    .map_err(|e| format!("its directory cannot be opened: {}", plain(&e)))?,
-            };
-            let notes = Notes::beside(&directory, &image)
-                .map_err(|e| format!("what is remembered of it, in its .thinlun: {}", plain(&e)))?;
-            store.notes = if options.read_only { notes.detached() } else { notes };
-            let journal = store.open_journal(&directory, &image, options);
-            store.journal =
-                Some(journal.map_err(|e| format!("its .thinlun-write: {}", plain(&e)))?);
-            store.capabilities.whole_writes =
-                if options.read_only { 0 } else { journal::MAX_BYTES };
+            store.look_around(path, options, surroundings)?;
         }
         Ok(store)
     }
 
-    /// The journal of an image; a write that was cut off is made first, unless another process may be at it.
-    fn open_journal(
+    /// Finds out what is kept beside the image, and whether anything can be.
+    fn look_around(
+        &mut self,
+        path: &Path,
+        options: &OpenOptionsFor,
+        surroundings: Surroundings,
+    ) -> Result<(), OpenError> {
+        let real = real_name(path).map_err(|e| plain(&e))?;
+        let directory = match &self.directory {
+            Some(directory) => Arc::clone(directory),
+            None => Directory::of(&real, &self.file)
+                .map_err(|e| format!("its directory cannot be opened: {}", plain(&e)))?,
+        };
+        let (mut found, writes) = ([Vec::new(), Vec::new()], !options.read_only);
+        if !surroundings.new {
+            if let Some((stray, suffix)) = stray(path, &real, &self.identity) {
+                return Err(format!(
+                    "has another name than what is remembered of it, in {}: rename that to {}{suffix}",
+                    stray.display(),
+                    real.display()
+                )
+                .into());
+            }
+            // With locks, nobody else is at it.
+            let look = || self.look_beside(&directory, options.locking && writes);
+            found = surroundings
+                .within(look)
+                .map_err(|e| format!("what lies beside it: {}", plain(&e)))?
+                .ok_or(CHANGED)?;
+        }
+        let [noted, journaled] = found;
+        let in_notes = |e: io::Error| {
+            format!("what is remembered of it, in its {}: {}", notes::SUFFIX, plain(&e))
+        };
+        let in_journal = |e: io::Error| format!("its {}: {}", journal::SUFFIX, plain(&e));
+        if !writes {
+            self.notes.read(&self.identity, &noted, self.adopt).map_err(in_notes)?;
+            self.with_image(|image| journal::look(&journaled, image).map(drop))
+                .map_err(in_journal)?;
+            return Ok(());
+        }
+        if let Some(why) = surroundings.within(|| cannot_be_kept(&directory)) {
+            if !noted.is_empty() || !journaled.is_empty() {
+                return Err(format!(
+                    "something is remembered of it in its directory, which cannot be changed: {why}; make it writable \
+                     for the user that this runs as"
+                )
+                .into());
+            }
+            log::warn!(
+                "{}: nothing can be kept beside it ({why}): there is no WRITE ATOMIC, and saved mode pages, \
+                 registrations, formats and what it is called are forgotten with this process",
+                real.display()
+            );
+            return Ok(());
+        }
+        if self.file.metadata().is_ok_and(|metadata| metadata.nlink() > 1) {
+            log::warn!(
+                "{}: has several names (hard links): what is kept beside this one is not found by another",
+                real.display()
+            );
+        }
+        let kept = Journal::of(&directory, self.identity);
+        if options.locking {
+            self.with_image(|image| kept.recover(&journaled, image)).map_err(in_journal)?;
+        }
+        self.notes = Notes::beside(&directory, self.identity);
+        self.notes.read(&self.identity, &noted, self.adopt).map_err(in_notes)?;
+        (self.journal, self.directory) = (Some(kept), Some(directory));
+        self.capabilities.whole_writes = journal::MAX_BYTES;
+        Ok(())
+    }
+
+    /// What lies beside the image: notes and the journal; nothing of what is not there. `None` if its name is another
+    /// file's by now.
+    fn look_beside(
         &self,
         directory: &Arc<Directory>,
-        image: &Path,
-        options: &OpenOptionsFor,
-    ) -> io::Result<Journal> {
-        let journal = Journal::of(directory, image)?;
-        if options.locking {
-            journal.recover(options.read_only, |offset, data| {
-                let written = self.write_stable(offset, data);
-                written.map_err(|e| io::Error::other(e.to_string()))
-            })?;
-        }
-        Ok(journal)
+        alone: bool,
+    ) -> io::Result<Option<[Vec<u8>; 2]>> {
+        let found = directory.look([notes::SUFFIX, journal::SUFFIX], alone)?;
+        let Some([noted, journaled]) = found else { return Ok(None) };
+        let noted = beside::bytes_of(noted, notes::MAX_BYTES)?;
+        Ok(Some([noted, beside::bytes_of(journaled, journal::MAX_FILE)?]))
+    }
+
+    /// The image, for a journal.
+    fn with_image<T>(
+        &self,
+        work: impl FnOnce(&journal::Image<'_>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let host = |error: StoreError| match error.cause {
+            Cause::Busy => io::Error::from_raw_os_error(libc::EAGAIN),
+            _ => io::Error::other(error.to_string()),
+        };
+        work(&journal::Image {
+            identity: &self.identity,
+            adopt: self.adopt,
+            read_only: self.capabilities.read_only,
+            size: self.size_bytes()?,
+            read: &|at, into| self.read(at, into).map_err(host),
+            write: &|at, from| self.write_stable(at, from).map_err(host),
+        })
     }
 
     /// Opens `path` only to look at it: read-only, and without a lock, so that it may be in use.
@@ -219,7 +334,8 @@ impl FileStore {
             return Err(if absent { "no such file".into() } else { plain(&error).into() });
         }
         let block_device = check_kind(path)?;
-        Self::assemble(open_file(path, &options)?, path, block_device, &options)
+        let file = open_file(path, &options)?;
+        Self::assemble(file, path, block_device, &options, Surroundings::default())
     }
 
     /// Finds out what an open file can do.
@@ -228,6 +344,7 @@ impl FileStore {
         path: &Path,
         block_device: bool,
         options: &OpenOptionsFor,
+        surroundings: Surroundings,
     ) -> Result<Self, OpenError> {
         let (memory_align, transfer_align) =
             if options.direct { direct_alignment(&file, options.block_size)? } else { (1, 1) };
@@ -247,9 +364,11 @@ impl FileStore {
             && knowledge.fiemap
             && (options.read_only || probed && !reserve.is_last_resort());
         knowledge.reserved = reserves;
-        let name = stable_name(path).ok().filter(|_| !block_device);
-        let directory = name.and_then(|name| Directory::of(&name).ok());
-        let shares = directory.as_ref().is_some_and(|d| shares_blocks(&file, d).unwrap_or(false));
+        let name = real_name(path).ok().filter(|_| !block_device);
+        let directory = name.and_then(|name| Directory::of(&name, &file).ok());
+        let shares = |d| surroundings.within(|| shares_blocks(&file, d)).unwrap_or(false);
+        let shares = directory.as_ref().is_some_and(shares);
+        let identity = Identity::of(&file).map_err(|e| plain(&e))?;
         let capabilities = Capabilities {
             read_only: options.read_only,
             host_block,
@@ -294,6 +413,8 @@ impl FileStore {
             notes: Notes::in_memory(),
             journal: None,
             directory,
+            identity,
+            adopt: surroundings.adopt,
             pool,
         })
     }
@@ -383,6 +504,8 @@ impl FileStore {
             notes: Notes::in_memory(),
             journal: None,
             directory: None,
+            identity: Identity::default(),
+            adopt: false,
             pool: Pool::new("snapshot", Role::Disk, 1),
         }
     }
@@ -436,6 +559,12 @@ impl FileStore {
         })?;
         into.fill_zero(done, into.len() - done);
         Ok(())
+    }
+
+    /// Before anything is called stable, a journal goes that would be made good over it.
+    fn settle_journal(&self) -> Result<(), StoreError> {
+        let settled = self.journal.as_ref().map_or(Ok(()), Journal::settle);
+        settled.map_err(|e| Cause::from(&e).into())
     }
 
     fn write_all(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
@@ -573,6 +702,7 @@ impl Store for FileStore {
 
     fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), StoreError> {
         if durability == Durability::Stable {
+            self.settle_journal()?;
             self.write_back.check()?;
         }
         self.end_atomic(&bytes(offset, from.len()))?;
@@ -602,6 +732,7 @@ impl Store for FileStore {
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         // Asked, as the journal may be what has no room.
         self.write_back.look().map_or(Ok(()), Err)?;
+        self.settle_journal()?;
         if self.direct && self.is_usable(from) && self.is_whole() {
             // Where the device can do it, and the range is one that it does. Otherwise nothing was written.
             if sys::write_torn_free(&self.file, offset, from).is_ok() {
@@ -615,13 +746,14 @@ impl Store for FileStore {
         };
         let room = sys::allocate(&self.file, offset, from.len() as u64);
         room.map_err(|e| StoreError::at(Cause::from(&e), offset))?;
-        journal.write(offset, from, |offset, from| self.write_stable(offset, from))?;
+        let read = |at, into: &Buffers| self.read(at, into);
+        journal.write(offset, from, read, |offset, from| self.write_stable(offset, from))?;
         self.write_back.check()
     }
 
     fn flush(&self) -> Result<(), StoreError> {
         // Also when it has failed before: what can still be saved is.
-        let flushed = self.sync();
+        let flushed = self.settle_journal().and(self.sync());
         self.write_back.check().and(flushed)
     }
 
@@ -796,6 +928,32 @@ impl Store for FileStore {
         &self.notes
     }
 
+    fn take_over(&self, go_on: &dyn Fn() -> bool) -> Result<(), StoreError> {
+        let (Some(directory), Some(journal)) = (&self.directory, &self.journal) else {
+            return Ok(());
+        };
+        let path = directory.path().display();
+        let found = self.look_beside(directory, true);
+        if !go_on() {
+            return Err(Cause::Cancelled.into());
+        }
+        let taken = found.and_then(|found| {
+            let Some([noted, journaled]) = found else {
+                log::warn!("{path}: has lost its name to another file: nothing is kept beside it");
+                return Ok(());
+            };
+            self.with_image(|image| journal.recover(&journaled, image))?;
+            self.notes.read(&self.identity, &noted, self.adopt)
+        });
+        taken.map_err(|error| {
+            let cause = Cause::from(&error);
+            if cause != Cause::Busy {
+                log::error!("{path}: what lies beside it: {}", plain(&error));
+            }
+            cause.into()
+        })
+    }
+
     fn pool(&self) -> &Pool {
         &self.pool
     }
@@ -839,8 +997,8 @@ fn probe_space(
     let block = u64::from(host_block);
     let end = file.metadata()?.len().next_multiple_of(block);
     deallocate.probe(file, &(end..end + block));
-    let directory = stable_name(path)?;
-    let directory = directory.parent().unwrap_or(Path::new("/"));
+    let name = real_name(path)?;
+    let directory = name.parent().unwrap_or(Path::new("/"));
     let scratch =
         OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(directory);
     let Ok(scratch) = scratch else { return Ok(false) };
@@ -938,6 +1096,103 @@ pub fn plain(error: &io::Error) -> String {
     chars.next().map(|c| c.to_lowercase().chain(chars).collect()).unwrap_or_default()
 }
 
+/// The name of the file itself, by which what is kept beside it is found whatever links lead to it.
+///
+/// # Errors
+/// If there is none.
+pub fn real_name(path: &Path) -> io::Result<PathBuf> {
+    path.canonicalize()
+}
+
+/// Why nothing can be kept beside an image, if that is so for good.
+fn cannot_be_kept(directory: &Directory) -> Option<String> {
+    let error = directory.try_out().err()?;
+    let for_good = matches!(
+        error.raw_os_error(),
+        Some(libc::EACCES | libc::EPERM | libc::EROFS | libc::ENAMETOOLONG)
+    );
+    for_good.then(|| plain(&error))
+}
+
+/// Most names of a directory that are looked through.
+const MAX_NAMES: usize = 100_000;
+
+/// A file about the image that would not be found, as it has another name than the image has now: the image was renamed,
+/// has several names, or an older thinlun kept it beside a link. And what its name should end with.
+fn stray(path: &Path, real: &Path, image: &Identity) -> Option<(PathBuf, &'static str)> {
+    const SUFFIXES: [&str; 2] = [notes::SUFFIX, journal::SUFFIX];
+    let about = |path: &Path| {
+        let file = beside::peek(path, 4096).ok()?;
+        let ours = notes::is_ours(&file) || journal::is_ours(&file);
+        (ours && !file.is_empty()).then(|| notes::image_of(&file).or(journal::image_of(&file)))
+    };
+    let link = stable_name(path).ok().filter(|link| link != real);
+    for (link, suffix) in link.iter().flat_map(|link| SUFFIXES.map(|suffix| (link, suffix))) {
+        let file = with_suffix(link, suffix);
+        if about(&file).is_some_and(|id| id.is_none_or(|id| id.may_be(image))) {
+            return Some((file, suffix));
+        }
+    }
+    let same =
+        |one: &Metadata, other: &Metadata| (one.dev(), one.ino()) == (other.dev(), other.ino());
+    let own = real.metadata().ok()?;
+    for entry in std::fs::read_dir(real.parent()?).ok()?.take(MAX_NAMES).flatten() {
+        let name = entry.file_name();
+        let bytes = name.as_encoded_bytes();
+        for suffix in SUFFIXES {
+            let Some(stem) = bytes.strip_suffix(suffix.as_bytes()) else { continue };
+            let of = real.with_file_name(OsStr::from_bytes(stem));
+            // A copy of it may lie beside a copy of the image.
+            let of_another = of.metadata().is_ok_and(|of| !same(&of, &own));
+            let is_about = || about(&entry.path()).flatten().is_some_and(|about| about.is(image));
+            if of != real && !of_another && is_about() {
+                return Some((entry.path(), suffix));
+            }
+        }
+    }
+    None
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// What lies where things will be kept of an image that does not exist yet: left over from another one of that name, and
+/// in the way.
+///
+/// # Errors
+/// If it is nothing that thinlun has made.
+pub fn left_over(path: &Path) -> Result<Vec<PathBuf>, OpenError> {
+    let name = stable_name(path).map_err(|e| plain(&e))?;
+    let mut found = Vec::new();
+    for suffix in [notes::SUFFIX, journal::SUFFIX] {
+        for new in ["", beside::NEW] {
+            let file = with_suffix(&with_suffix(&name, suffix), new);
+            match file.symlink_metadata() {
+                Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                Err(e) if e.raw_os_error() == Some(libc::ENAMETOOLONG) => continue,
+                Err(e) => return Err(format!("{}: {}", file.display(), plain(&e)).into()),
+                Ok(_) => {}
+            }
+            let bytes = beside::peek(&file, journal::MAX_FILE)
+                .map_err(|e| format!("{}: {}", file.display(), plain(&e)))?;
+            // What was begun may have no head yet.
+            let ours = notes::is_ours(&bytes) || journal::is_ours(&bytes);
+            if !ours && (new.is_empty() || bytes.len() as u64 == journal::MAX_FILE) {
+                return Err(format!(
+                    "{} lies where thinlun would keep what it remembers, and is none of its files: move it away",
+                    file.display()
+                )
+                .into());
+            }
+            found.push(file);
+        }
+    }
+    Ok(found)
+}
+
 /// The name a file keeps over restarts: its directory resolved, its own name as given, so that a
 /// stable link such as /dev/disk/by-id/... stays the name although it points elsewhere next time.
 ///
@@ -982,6 +1237,31 @@ mod tests {
         assert!(FileStore::open(Path::new("/"), &PLAIN).unwrap_err().0.contains("directory"));
         assert!(FileStore::open(Path::new("/nope"), &PLAIN).unwrap_err().0.contains("size="));
         assert!(FileStore::open(Path::new("/dev/null"), &PLAIN).unwrap_err().0.contains("special"));
+    }
+
+    /// A journal that cannot be removed would be made good over what is stable by then.
+    #[test]
+    fn nothing_is_called_stable_while_a_journal_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.img");
+        std::fs::write(&path, [0; 8192]).unwrap();
+        for direct in [false, true] {
+            let options = OpenOptionsFor { direct, ..PLAIN };
+            let Ok(store) = FileStore::open(&path, &options) else { continue };
+            let left = folder.path().join("disk.img.thinlun-write");
+            std::fs::create_dir(&left).unwrap();
+            store.journal.as_ref().unwrap().leave();
+            let data = Buffers::copy_of(&[7; 4096]).unwrap();
+            store.write(0, &data, Durability::Cached).unwrap();
+            store.flush().unwrap_err();
+            store.write(0, &data, Durability::Stable).unwrap_err();
+            store.write_whole(0, &data).unwrap_err();
+            let stable = Operation::Write { offset: 0, from: data, durability: Durability::Stable };
+            assert!(store.try_now(&stable).is_none() && store.ring_file(&stable).is_none());
+            std::fs::remove_dir(&left).unwrap();
+            store.flush().unwrap();
+            stable.run(&store).unwrap();
+        }
     }
 
     #[test]

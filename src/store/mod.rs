@@ -16,6 +16,7 @@ pub mod faults;
 mod fiemap;
 pub mod file;
 pub mod host;
+mod identity;
 pub mod journal;
 pub mod lock;
 mod loop_device;
@@ -183,6 +184,13 @@ pub trait Store: Send + Sync {
 
     /// What is remembered of it while nobody serves it.
     fn notes(&self) -> &Notes;
+
+    /// Another process may have had it since it was opened, or since commands last came: a write that was cut off is made
+    /// again, and the notes are what they are by now. Nobody else is at it from here on. Before anything is changed, `go_on`
+    /// is asked whether it still shall be ([`Cause::Cancelled`] if not). [`Cause::Busy`] passes.
+    fn take_over(&self, _go_on: &dyn Fn() -> bool) -> Result<(), StoreError> {
+        Ok(())
+    }
 
     /// The threads that run this store's blocking work; its own, so that a host file system that
     /// hangs stops nothing but the disks on it.

@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statfs::{FUSE_SUPER_MAGIC, FsType, MSDOS_SUPER_MAGIC};
 
 use super::{Buffers, Space};
 
@@ -257,6 +258,23 @@ pub(super) fn shares_whole_extents(file: &File) -> bool {
     host.is_ok_and(|host| host.filesystem_type() != nix::sys::statfs::XFS_SUPER_MAGIC)
 }
 
+/// Whether the number of an inode stays the same as long as the file is there, also over mounts: not where it is made up
+/// for whoever looks.
+pub(super) fn inodes_last(file: &File) -> bool {
+    /// EXFAT_SUPER_MAGIC.
+    const EXFAT: FsType = FsType(0x2011_bab0);
+    let host = nix::sys::statfs::fstatfs(file).map(|host| host.filesystem_type());
+    host.is_ok_and(|kind| ![FUSE_SUPER_MAGIC, MSDOS_SUPER_MAGIC, EXFAT].contains(&kind))
+}
+
+/// The generation of the file's inode, where the file system tells it (FS_IOC_GETVERSION).
+pub(super) fn generation(file: &File) -> Option<u32> {
+    let mut version = [0u32; 2];
+    // SAFETY: the kernel writes one int, or one long where it believes the number of the call.
+    unsafe { ioctl::getversion(file.as_raw_fd(), &mut version) }.ok()?;
+    version.first().copied()
+}
+
 /// Bytes that `file` takes on its file system.
 pub(super) fn used(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks().saturating_mul(512))
@@ -331,6 +349,7 @@ mod ioctl {
     nix::ioctl_read_bad!(loop_get_status64, 0x4c05, super::LoopInfo64);
     nix::ioctl_write_ptr!(ficlonerange, 0x94, 13, super::FileCloneRange);
     nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
+    nix::ioctl_read!(getversion, b'v', 1, [u32; 2]);
     nix::ioctl_read_bad!(blksszget, 0x1268, libc::c_int);
 }
 

@@ -172,6 +172,7 @@ impl Connection {
         if let Some(ended) = worker.join() {
             ring.base = Some(ended.next_avail);
         }
+        self.device.target.end_service();
     }
 
     /// Starts a ring that has everything it needs.
@@ -208,6 +209,7 @@ impl Connection {
             Host { target: Arc::clone(target), watchdog: watchdog.clone(), queues: self.queues() };
         let (target, nexus) = (Arc::clone(target), Arc::clone(&self.nexus));
         let (mailbox, inbox) = Mailbox::new()?;
+        target.begin_service();
         // From here on it is reached, so that no sweep passes it by while its thread begins.
         self.queues.start(index, &mailbox);
         let both = (mailbox.clone(), inbox);
@@ -230,6 +232,7 @@ impl Connection {
         };
         started.map_err(|(error, inbox)| {
             self.queues.stop(index, Vec::new(), &inbox);
+            self.device.target.end_service();
             error
         })
     }
