@@ -340,11 +340,11 @@ pub fn start(
         false => Ok(()),
     };
     // Nobody waits for the host to be told that another was first.
-    check(&*background.state())?;
+    check(&background.state())?;
     let _alone = background.change();
     let (before, started) = {
         let mut state = background.state();
-        check(&*state)?;
+        check(&state)?;
         background.progress.store(0, Ordering::Release);
         let started = Started(background.begun.fetch_add(1, Ordering::AcqRel) + 1);
         (background.put(&mut state, State::Running(work.clone())), started)

@@ -327,7 +327,7 @@ impl State {
         if preempted.is_empty() && !takes_over && !own {
             return Err(CONFLICT);
         }
-        self.keys.retain(|p, _| !preempted.contains(p) && !(own && *p == port));
+        self.keys.retain(|p, _| !(preempted.contains(p) || own && *p == port));
         effects.tell(preempted.iter().copied(), UnitAttention::RegistrationsPreempted);
         effects.preempted = preempted;
         if takes_over {
