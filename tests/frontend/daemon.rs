@@ -174,7 +174,7 @@ impl DaemonBuilder {
             inherited: Vec::new(),
             listen_fds: None,
             user: None,
-            binary: std::env::var_os("OLDBIN").map_or_else(|| BINARY.into(), Into::into),
+            binary: BINARY.into(),
             before: Vec::new(),
         }
     }
