@@ -12,6 +12,7 @@
 //!
 //! ScsiRequest / ScsiResponse     one command                                   (scsi, cdb)
 //! Lun                            commands a test wants in one line             (lun)
+//! lists of copies and tokens     what third-party copies are asked with         (third_party)
 //! Tmf, Notification, Event       control and event queue                       (control)
 //! Load                           transfers as fast as they go, stamped          (load)
 //! ```
@@ -51,6 +52,7 @@ pub mod protocol;
 pub mod queue;
 pub mod ring;
 pub mod scsi;
+pub mod third_party;
 
 pub use cdb::Cdb;
 pub use connection::{FrontEnd, FrontEndBuilder, MemoryMessage, Order, RingMessage};
