@@ -235,6 +235,15 @@ enum Kind {
 }
 
 impl Kind {
+    /// What ends others comes after them: functions, which nothing else ends, last.
+    fn rank(&self) -> u8 {
+        match self {
+            Kind::Function { .. } => 2,
+            Kind::Reservation { change: Change::Preempt { abort: true, .. }, .. } => 1,
+            _ => 0,
+        }
+    }
+
     /// It ends others, or may.
     fn ends_others(&self) -> bool {
         match self {
@@ -291,6 +300,7 @@ struct Background {
     lun: usize,
     list: u32,
     answered: Time,
+    needs: Vec<Need>,
 }
 
 /// A format or sanitize operation whose end is not known.
@@ -630,12 +640,12 @@ impl World {
                     }
                 }
             }
-            // What was ended by one that is answered now can be seen by now.
-            let ends = |(guest, done): &(usize, Completion)| {
-                self.out.get(&(*guest, done.ticket)).is_some_and(|o| o.kind.ends_others())
+            // What was ended by one that is answered now can be seen by now, and comes first.
+            let rank = |(guest, done): &(usize, Completion)| {
+                self.out.get(&(*guest, done.ticket)).map_or(0, |one| one.kind.rank())
             };
-            if !answers[before..].iter().any(ends) {
-                answers.sort_by_key(ends);
+            if answers[before..].iter().all(|answer| rank(answer) == 0) {
+                answers.sort_by_key(rank);
                 break;
             }
         }
@@ -689,7 +699,10 @@ impl World {
         };
         match (answer.response, answer.status) {
             (response::OK, status::GOOD) => {
-                if let Some(need) = one.needs.iter().find(|need| !need.permitted) {
+                // One that goes on in the background is only begun.
+                let begun = matches!(one.kind, Kind::Copy { background: true, .. });
+                let needed = if begun { &one.needs[..1] } else { &one.needs[..] };
+                if let Some(need) = needed.iter().find(|need| !need.permitted) {
                     return wrong(&format!("done while others had reserved disk {}", need.lun));
                 }
                 Ending::Done
@@ -782,8 +795,9 @@ impl World {
                 }
             }
             Kind::Copy { list, background: true } if how == Ending::Done => {
-                let (id, guest, lun, answered) = (one.id, one.guest, one.lun, self.model.now());
-                self.background.push(Background { id, guest, lun, list: *list, answered });
+                let Outstanding { id, guest, lun, needs, .. } = one;
+                let (list, answered) = (*list, self.model.now());
+                self.background.push(Background { id, guest, lun, list, answered, needs });
                 // It has not ended.
                 return;
             }
@@ -896,6 +910,13 @@ impl World {
         for copy in ended {
             let areas = self.model.written_by(copy.id);
             self.note(format!("{:?} has ended in the background: {how:?}", copy.id), areas, false);
+            let denied = copy.needs.iter().find(|need| !need.permitted);
+            if let (Ending::Done, Some(need)) = (how, denied) {
+                self.fail(&format!(
+                    "{:?} was done while others had reserved disk {}",
+                    copy.id, need.lun
+                ));
+            }
             self.end(copy.id, how);
         }
     }
@@ -910,6 +931,10 @@ impl World {
                 all.push(state);
             }
         });
+        for copy in &mut self.background {
+            let guest = copy.guest;
+            copy.needs.iter_mut().filter(|n| n.lun == lun).for_each(|n| n.meet(guest, &all));
+        }
         for one in self.out.values_mut() {
             let guest = one.guest;
             for need in one.needs.iter_mut().filter(|need| need.lun == lun) {
