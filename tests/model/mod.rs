@@ -9,7 +9,9 @@
 //! Every block that is written says who wrote it ([`Value`]), so that a wrong one tells whose it is.
 #![allow(dead_code)]
 
+pub mod commands;
 pub mod reserved;
+pub mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
