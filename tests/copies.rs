@@ -19,9 +19,6 @@ use mounts::{ALL, Kind, Mount, skipped};
 const SIZE: u64 = 8 * MIB;
 const HOST_BLOCK: u64 = 4096;
 
-const WS_UNMAP: u8 = 0x08;
-const WS_NDOB: u8 = 0x01;
-
 const UNREACHABLE: sense::Code = (0xa, 0x08, 0x04);
 const INEXACT: sense::Code = (0xa, 0x26, 0x0a);
 const PAST_THE_END: sense::Code = (0xa, 0, 0);

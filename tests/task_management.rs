@@ -5,7 +5,6 @@ mod frontend;
 
 use std::fs::OpenOptions;
 use std::thread;
-use std::time::Duration;
 
 use frontend::connection::{CONTROL_QUEUE, FIRST_REQUEST_QUEUE as REQUESTS};
 use frontend::control::event;
