@@ -47,6 +47,7 @@ enum Action {
     LbaStatus,
     Copy,
     CopyInBackground,
+    Knot,
     Populate,
     UseToken,
     UseTokenInBackground,
@@ -75,7 +76,7 @@ enum Action {
 
 use Action as A;
 
-const ACTIONS: [(Action, u64); 33] = [
+const ACTIONS: [(Action, u64); 34] = [
     (A::Read, 120),
     (A::Write, 240),
     (A::WriteAtomic, 12),
@@ -86,6 +87,7 @@ const ACTIONS: [(Action, u64); 33] = [
     (A::LbaStatus, 20),
     (A::Copy, 60),
     (A::CopyInBackground, 60),
+    (A::Knot, 12),
     (A::Populate, 30),
     (A::UseToken, 30),
     (A::UseTokenInBackground, 30),
@@ -119,8 +121,15 @@ impl World {
         let guest = self.guest();
         match action {
             A::Read | A::Write | A::WriteAtomic | A::Unmap | A::WriteSame | A::CompareAndWrite => {
-                self.transfer(guest, action);
+                let area = self.area(match action {
+                    A::Unmap | A::WriteSame => 256,
+                    A::CompareAndWrite => 6,
+                    A::WriteAtomic => 16,
+                    _ => 48,
+                });
+                self.transfer(guest, action, area);
             }
+            A::Knot => self.knot(),
             A::Flush => {
                 let lun = self.disk();
                 let cdb = cdb::synchronize_cache10(0, 0);
@@ -211,13 +220,7 @@ impl World {
         self.tend();
     }
 
-    fn transfer(&mut self, guest: usize, action: Action) {
-        let area = match action {
-            A::Unmap | A::WriteSame => self.area(256),
-            A::CompareAndWrite => self.area(6),
-            A::WriteAtomic => self.area(16),
-            _ => self.area(48),
-        };
+    fn transfer(&mut self, guest: usize, action: Action, area: Area) {
         let id = self.next_id(guest);
         let (disk, lba, count) = (area.disk, area.lba as u64, area.blocks as u32);
         let data = stamped(id, area.blocks);
@@ -288,9 +291,31 @@ impl World {
             from.push(source);
             to.push(target);
         }
-        if to.is_empty() {
-            return;
+        if !to.is_empty() {
+            self.give_copy(guest, background, from, to);
         }
+    }
+
+    /// Two copies between the same blocks in opposite directions, and at each end something that wants them for itself.
+    fn knot(&mut self) {
+        let mut ends = [self.area(64), self.area(64)];
+        let blocks = ends[0].blocks.min(ends[1].blocks);
+        (0..DISKS).for_each(|disk| (ends[disk].disk, ends[disk].blocks) = (disk, blocks));
+        for (from, to) in [(0, 1), (1, 0)] {
+            let guest = self.guest();
+            let background = self.rng.one_in(3) && self.background.len() < MOST_COPIES;
+            self.give_copy(guest, background, vec![ends[from]], vec![ends[to]]);
+        }
+        for end in ends {
+            let (guest, action) =
+                (self.guest(), *self.rng.pick(&[A::CompareAndWrite, A::WriteAtomic]));
+            let lba = end.lba + self.rng.below(blocks as u64) as usize;
+            let area = Area { disk: end.disk, lba, blocks: (end.end() - lba).min(6) };
+            self.transfer(guest, action, area);
+        }
+    }
+
+    fn give_copy(&mut self, guest: usize, background: bool, from: Vec<Area>, to: Vec<Area>) {
         let segments: Vec<Vec<u8>> = from
             .iter()
             .zip(&to)
