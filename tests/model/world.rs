@@ -1060,7 +1060,7 @@ impl World {
         for lun in 0..DISKS {
             self.look_at_reservations(lun);
         }
-        let deadline = Instant::now() + 2 * PATIENCE;
+        let deadline = Instant::now() + 10 * PATIENCE;
         while !self.background.is_empty() || self.disks.iter().any(|disk| disk.whole.is_some()) {
             if Instant::now() > deadline {
                 self.fail("what is under way in the background does not end");
