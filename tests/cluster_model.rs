@@ -296,7 +296,8 @@ impl World {
         }
     }
 
-    /// Two copies between the same blocks in opposite directions, and at each end something that wants them for itself.
+    /// Two copies between the same blocks in opposite directions, a block at a time, and at both ends what wants some of
+    /// them for itself.
     fn knot(&mut self) {
         let mut ends = [self.area(64), self.area(64)];
         let blocks = ends[0].blocks.min(ends[1].blocks);
@@ -304,11 +305,15 @@ impl World {
         for (from, to) in [(0, 1), (1, 0)] {
             let guest = self.guest();
             let background = self.rng.one_in(3) && self.background.len() < MOST_COPIES;
-            self.give_copy(guest, background, vec![ends[from]], vec![ends[to]]);
+            let each = |end: &Area| {
+                let block = |lba| Area { lba, blocks: 1, ..*end };
+                (end.lba..end.end()).map(block).collect()
+            };
+            self.give_copy(guest, background, each(&ends[from]), each(&ends[to]));
         }
-        for end in ends {
-            let (guest, action) =
-                (self.guest(), *self.rng.pick(&[A::CompareAndWrite, A::WriteAtomic]));
+        for end in [ends, ends, ends].concat() {
+            let guest = self.guest();
+            let action = *self.rng.pick(&[A::CompareAndWrite, A::CompareAndWrite, A::WriteAtomic]);
             let lba = end.lba + self.rng.below(blocks as u64) as usize;
             let area = Area { disk: end.disk, lba, blocks: (end.end() - lba).min(6) };
             self.transfer(guest, action, area);
