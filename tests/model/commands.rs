@@ -177,6 +177,7 @@ pub struct Background {
     pub guest: usize,
     pub lun: usize,
     pub list: u32,
+    pub since: Time,
     pub answered: Time,
     pub needs: Vec<Need>,
 }

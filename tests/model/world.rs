@@ -518,9 +518,9 @@ impl World {
                 }
             }
             Kind::Copy { list, background: true } if how == Ending::Done => {
-                let Outstanding { id, guest, lun, needs, .. } = one;
+                let Outstanding { id, guest, lun, since, needs, .. } = one;
                 let (list, answered) = (*list, self.model.now());
-                self.background.push(Background { id, guest, lun, list, answered, needs });
+                self.background.push(Background { id, guest, lun, list, since, answered, needs });
                 // It has not ended.
                 return;
             }
@@ -775,7 +775,8 @@ impl World {
         let ended: Vec<Id> = self
             .background
             .iter()
-            .filter(|copy| guests.contains(&copy.guest) && (copy.lun == lun || writes(copy)))
+            .filter(|copy| guests.contains(&copy.guest) && copy.since < by.since)
+            .filter(|copy| copy.lun == lun || writes(copy))
             .map(|copy| copy.id)
             .collect();
         self.end_background(Ending::Maybe, |copy| ended.contains(&copy.id));
@@ -865,7 +866,9 @@ impl World {
             Tmf::LogicalUnitReset => {
                 self.disks[one.lun].changing = false;
                 self.change_reserved(one.lun, |state| state.without_basic(|_| true));
-                self.end_background(Ending::Maybe, |copy| copy.lun == one.lun);
+                // One that was asked for after the reset is none of its business.
+                let before = |copy: &Background| copy.lun == one.lun && copy.since < one.since;
+                self.end_background(Ending::Maybe, before);
             }
             Tmf::ItNexusReset => {
                 for lun in 0..DISKS {
