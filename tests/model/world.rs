@@ -22,7 +22,9 @@ pub const DISKS: usize = 2;
 pub const BLOCKS: usize = 2048;
 /// Request queues of each guest.
 const QUEUES: u64 = 2;
-/// Lines of a wrong block's history that are printed.
+/// Blocks whose history is printed, as what the wrong one holds may have come from them.
+const PLACES: usize = 5;
+/// Lines of it.
 const HISTORY: usize = 60;
 
 /// What the host of a disk is like.
@@ -53,7 +55,8 @@ impl Guest {
 /// A line of the history.
 pub struct Line {
     pub text: String,
-    pub areas: Vec<Area>,
+    pub writes: Vec<Area>,
+    pub reads: Vec<Area>,
     /// It is about everything.
     pub always: bool,
 }
@@ -174,14 +177,17 @@ impl World {
 
     // ----- history --------------------------------------------------------------------------
 
-    pub fn note(&mut self, text: String, areas: Vec<Area>, always: bool) {
-        let text = format!("{:6} {text}", self.model.now());
-        self.history.push(Line { text, areas, always });
+    /// Something about an operation that is under way.
+    pub fn note(&mut self, id: Id, text: String, always: bool) {
+        let (writes, reads) = (self.model.written_by(id), self.model.read_by(id));
+        let text = format!("{:6} {id:?} {text}", self.model.now());
+        self.history.push(Line { text, writes, reads, always });
     }
 
     /// Something that is not about one command.
     pub fn event(&mut self, text: impl Into<String>) {
-        self.note(format!("*** {}", text.into()), vec![], true);
+        let text = format!("{:6} *** {}", self.model.now(), text.into());
+        self.history.push(Line { text, writes: vec![], reads: vec![], always: true });
     }
 
     #[track_caller]
@@ -194,7 +200,8 @@ impl World {
         let lines: Vec<&Line> = self.history.iter().filter(|line| about(line)).collect();
         let mut text = format!("{what}\n--- what led there:\n");
         for line in &lines[lines.len().saturating_sub(HISTORY)..] {
-            let _ = writeln!(text, "{} {:?}", line.text, line.areas);
+            let Line { text: line, writes, reads, .. } = line;
+            let _ = writeln!(text, "{line} writes {writes:?} reads {reads:?}");
         }
         let _ = writeln!(text, "--- not answered:");
         for o in self.out.values() {
@@ -216,12 +223,22 @@ impl World {
             "{what}: block {block} of disk {disk} holds {found:?}, and may hold {allowed:?}\n{why}"
         );
         let by = |value: &Value| {
-            if let Value::Of(id, _) = value { Some(format!("{id:?} ")) } else { None }
+            if let Value::Of(id, _) = value { Some(format!(" {id:?} ")) } else { None }
         };
-        let theirs: Vec<String> = found.iter().filter_map(by).collect();
-        self.fail_with(&what, |line| {
-            let here = line.areas.iter().any(|area| area.has(*disk, *block));
-            line.always || here || theirs.iter().any(|id| line.text.contains(id))
+        let theirs: Vec<String> = found.iter().chain(allowed).filter_map(by).collect();
+        // Where what it holds, or may hold, may have come from.
+        let mut places = vec![(*disk, *block)];
+        for line in self.history.iter().rev() {
+            let copied = line.writes.iter().zip(&line.reads).find_map(|(to, from)| {
+                let mut here = places.iter().filter(|(disk, block)| to.has(*disk, *block));
+                here.next().map(|(_, block)| (from.disk, from.lba + block - to.lba))
+            });
+            places.extend(copied.filter(|place| !places.contains(place) && places.len() < PLACES));
+        }
+        self.fail_with(&format!("{what}--- places {places:?}"), |line| {
+            let mut areas = line.writes.iter().chain(&line.reads);
+            let here = areas.any(|area| places.iter().any(|(d, b)| area.has(*d, *b)));
+            here || line.always || theirs.iter().any(|id| line.text.contains(id))
         })
     }
 
@@ -274,9 +291,8 @@ impl World {
     pub fn give_as(&mut self, id: Id, guest: usize, command: Command) {
         let Command { lun, name, cdb, data, room, reads, writes, needs, kind } = command;
         self.model.begin(id, &reads, &writes);
-        let areas = writes.iter().map(|(area, _)| *area).chain(reads).collect();
         let always = kind.ends_others() || matches!(kind, Kind::Reservation { .. });
-        self.note(format!("{id:?} {name} to disk {lun}: {}", kind.described()), areas, always);
+        self.note(id, format!("{name} to disk {lun} {}", kind.described()), always);
         let queue = FIRST_REQUEST_QUEUE + self.rng.below(QUEUES) as usize;
         let shape = if self.rng.one_in(3) { Shape::default().indirect() } else { Shape::default() };
         let tag = self.guests[guest].fe().new_tag();
@@ -289,7 +305,7 @@ impl World {
     pub fn give_function(&mut self, guest: usize, lun: usize, function: Tmf, about: u64) {
         let id = self.next_id(guest);
         self.model.begin(id, &[], &[]);
-        self.note(format!("{id:?} {function:?} of disk {lun}, tag {about}"), vec![], true);
+        self.note(id, format!("{function:?} of disk {lun}, tag {about}"), true);
         let address = Address::flat(0, lun as u16);
         let exchange = function.exchange(address, about);
         let ticket = self.guests[guest].fe().queue(CONTROL_QUEUE).submit(&exchange);
@@ -485,11 +501,9 @@ impl World {
             _ => "ended",
         };
         *self.counts.entry((one.name, said)).or_default() += 1;
-        let mut areas = self.model.written_by(one.id);
-        areas.extend(self.model.read_by(one.id));
         let always = one.kind.ends_others() || matches!(one.kind, Kind::Reservation { .. });
         let sense = answer.sense_code().map_or(String::new(), |code| format!(" {code:x?}"));
-        self.note(format!("{:?} {}: {said}{sense}, {how:?}", one.id, one.name), areas, always);
+        self.note(one.id, format!("{}: {said}{sense}, {how:?}", one.name), always);
         match &one.kind {
             Kind::Read if how == Ending::Done => {
                 if let Err(wrong) = self.model.check(one.id, 0, &answer.buffer) {
@@ -598,7 +612,7 @@ impl World {
         if miscompared && certain {
             self.fail_with(
                 &format!("{:?} COMPARE AND WRITE miscompares what is there", one.id),
-                |l| l.always || l.areas.iter().any(|a| a.overlaps(&area)),
+                |l| l.always || l.writes.iter().chain(&l.reads).any(|a| a.overlaps(&area)),
             );
         }
     }
@@ -631,8 +645,7 @@ impl World {
         self.background = left;
         let ended: Vec<Background> = ended;
         for copy in ended {
-            let areas = self.model.written_by(copy.id);
-            self.note(format!("{:?} has ended in the background: {how:?}", copy.id), areas, false);
+            self.note(copy.id, format!("has ended in the background: {how:?}"), false);
             let denied = copy.needs.iter().find(|need| !need.permitted);
             if let (Ending::Done, Some(need)) = (how, denied) {
                 self.fail(&format!(
@@ -841,7 +854,7 @@ impl World {
     // ----- functions ------------------------------------------------------------------------
 
     pub fn function_answered(&mut self, one: Outstanding, function: Tmf, about: u64, code: u8) {
-        self.note(format!("{:?} {function:?}: {code}", one.id), vec![], true);
+        self.note(one.id, format!("{function:?}: {code}"), true);
         if code != response::FUNCTION_COMPLETE {
             self.fail(&format!("{:?} {function:?} is answered with {code}", one.id));
         }
