@@ -2,6 +2,7 @@
 //! left; the ways to pass a socket; ordinary ends.
 
 mod frontend;
+mod mounts;
 
 use std::fs;
 use std::io::Write;
@@ -177,8 +178,7 @@ fn two_disks_in_one_place() {
 #[test]
 fn a_file_without_permission() {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("SKIPPED: only root can become somebody without permission");
-        return;
+        return mounts::skipped("only root can become somebody without permission");
     }
     let scratch = Scratch::new();
     fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o777)).unwrap();
@@ -433,7 +433,7 @@ fn a_lock_is_the_files_not_the_names() {
 fn is_installed(program: &str) -> bool {
     let found = Command::new(program).arg("--version").stdout(Stdio::null()).status();
     if found.is_err() {
-        eprintln!("SKIPPED: {program} is not installed");
+        mounts::skipped(&format!("locks were not held against {program}: it is not installed"));
     }
     found.is_ok()
 }

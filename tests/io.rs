@@ -2,6 +2,7 @@
 //! holds.
 
 mod frontend;
+mod mounts;
 
 use std::fs;
 
@@ -295,8 +296,7 @@ fn beyond_two_tebibytes() {
     let scratch = Scratch::new();
     let path = scratch.join("huge.img");
     if fs::File::create(&path).and_then(|file| file.set_len(3 * TIB)).is_err() {
-        eprintln!("SKIPPED: the temporary directory takes no file of 3 TiB");
-        return;
+        return mounts::skipped("the temporary directory takes no file of 3 TiB");
     }
     let daemon = Daemon::builder(&scratch).disk(&path, "").spawn();
     let fe = FrontEnd::connect(&daemon);

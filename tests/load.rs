@@ -67,7 +67,9 @@ fn stamped_load(engine: &str) {
             "{engine}, {what}: {} transfers, {} sectors verified, {} kicks, {} interrupts",
             figures.transfers, figures.verified, figures.kicks, figures.interrupts
         );
-        assert!(figures.transfers > 100 && figures.verified > 0, "{what} stood still");
+        assert!(figures.transfers > 100, "{what} stood still");
+        // Seven of ten read, each eight sectors or more; only what was not written yet is not looked at.
+        assert!(figures.verified > figures.transfers, "{what}: hardly anything was looked at");
     }
 }
 

@@ -246,13 +246,12 @@ impl Beside {
     /// If it cannot be read.
     pub(super) fn read(&self, most: u64) -> io::Result<Vec<u8>> {
         let name = self.name.clone();
-        let file = self.with_names(move |d| {
-            match openat(d, name.as_os_str(), LOOK, Mode::empty()) {
+        let file =
+            self.with_names(move |d| match openat(d, name.as_os_str(), LOOK, Mode::empty()) {
                 Ok(file) => Ok(Some(File::from(file))),
                 Err(Errno::ENOENT) => Ok(None),
                 Err(error) => Err(error),
-            }
-        })?;
+            })?;
         bytes_of(file, most)
     }
 

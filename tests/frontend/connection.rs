@@ -267,15 +267,31 @@ impl FrontEnd {
     /// flight stay as they are.
     #[track_caller]
     pub fn reconnect(&mut self, daemon: &Daemon) {
-        self.connect_again(daemon);
+        self.reconnect_to(daemon, 0);
+    }
+
+    /// The same on one of several sockets, from 0 on.
+    #[track_caller]
+    pub fn reconnect_to(&mut self, daemon: &Daemon, port: usize) {
+        self.connect_again(daemon, port);
+        self.start_like_qemu();
+        self.barrier();
+    }
+
+    /// Goes on with another daemon, as the destination of a migration does whose source has stopped: nothing is in flight.
+    #[track_caller]
+    pub fn migrate_to(&mut self, daemon: &Daemon, port: usize) {
+        self.inflight = None;
+        self.connect_again(daemon, port);
+        self.reconnected = false;
         self.start_like_qemu();
         self.barrier();
     }
 
     #[track_caller]
-    fn connect_again(&mut self, daemon: &Daemon) {
+    fn connect_again(&mut self, daemon: &Daemon, port: usize) {
         self.diagnosis = daemon.diagnosis();
-        self.channel = Mutex::new(Channel::new(daemon.connect(), self.diagnosis.clone()));
+        self.channel = Mutex::new(Channel::new(daemon.connect_to(port), self.diagnosis.clone()));
         for queue in &self.queues {
             let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
             queue.set_diagnosis(self.diagnosis.clone());
@@ -377,7 +393,7 @@ impl FrontEnd {
     /// The first half of [`FrontEnd::reconnect`]: all but SET_VRING_ENABLE.
     #[track_caller]
     pub fn reconnect_without_enabling(&mut self, daemon: &Daemon) {
-        self.connect_again(daemon);
+        self.connect_again(daemon, 0);
         self.set_up();
         self.set_calls();
     }

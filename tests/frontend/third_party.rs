@@ -193,3 +193,9 @@ pub fn status_of(lun: &Lun<'_>, id: u32) -> Option<(u8, u64)> {
     let data = answer.expect_good().data().to_vec();
     Some((data[5], u64::from_be_bytes(data[16..24].try_into().unwrap())))
 }
+
+/// The token in the answer of RECEIVE ROD TOKEN INFORMATION, if it has one.
+pub fn token(answer: &[u8]) -> Option<Vec<u8>> {
+    let sense = usize::from(*answer.get(13)?);
+    answer.get(36 + sense + 2..36 + sense + 2 + 512).map(<[u8]>::to_vec)
+}

@@ -1,5 +1,5 @@
 //! Real file systems to test on, each a file mounted through a loop device, and what makes them hang. Needs root;
-//! without it a test says loudly what it did not prove.
+//! without it a test says loudly what it did not prove ([`skipped`], the one way by which any test leaves something out).
 #![allow(dead_code)]
 
 pub mod failing;
@@ -279,9 +279,13 @@ impl Drop for LoopDevice {
     }
 }
 
-/// Says, past the capture of test output, what a test did not prove.
+/// Says, past the capture of test output, what a test did not prove. Where everything is to be proved
+/// (`THINLUN_REQUIRE_ALL=1`), that is a failure.
+#[track_caller]
 pub fn skipped(what: &str) {
     let _ = writeln!(std::io::stderr(), "\n*** SKIPPED: {what}\n");
+    let all = std::env::var_os("THINLUN_REQUIRE_ALL").is_some_and(|value| value == "1");
+    assert!(!all, "THINLUN_REQUIRE_ALL=1, and {what}");
 }
 
 fn run(program: &str, arguments: &[&str], path: &Path) -> Result<(), String> {
