@@ -65,8 +65,8 @@ pub(super) fn verify(context: Context<'_>) -> Result<Reply, ScsiError> {
     let job = move |cancel: &Cancel, store: &dyn Store| {
         // Once: what others write meanwhile is not what is to be verified.
         let flushed = lun.flush();
-        let compared = flushed
-            .and_then(|()| compare(&lun, store, &range, &against, &expected, cancel));
+        let compared =
+            flushed.and_then(|()| compare(&lun, store, &range, &against, &expected, cancel));
         lun.account(Activity::Verify, range.bytes, &compared);
         compared.map(|()| needed)
     };
