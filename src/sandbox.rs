@@ -524,6 +524,7 @@ const DISK: &[i64] = &[
     libc::SYS_copy_file_range,
     libc::SYS_fadvise64,
     libc::SYS_fallocate,
+    crate::store::SYS_CACHESTAT,
     libc::SYS_fstatfs,
     libc::SYS_ftruncate,
 ];

@@ -485,6 +485,60 @@ fn zeroes_that_were_written_are_mapped() {
     }
 }
 
+/// What reads leave in the host's page cache over reserved space is no data, and a block that was written since is. Nor is it
+/// over space that XFS keeps for copies on write, after all was erased.
+#[test]
+fn blocks_that_were_only_read_are_what_they_were() {
+    for kind in [Kind::Ext4, Kind::Xfs, Kind::Btrfs] {
+        let bench = Bench::new(kind, 64 * MIB, "", |path, _| host_allocate(path, 0, 32 * MIB));
+        let Some(bench) = bench else { continue };
+        let fe = FrontEnd::connect(&bench.daemon);
+        let lun = fe.ready_lun(0, 0);
+        let blocks = 64 * MIB / 512;
+        let read_all = || (0..blocks).step_by(2048).for_each(|lba| drop(lun.read16(lba, 2048)));
+        let told = || query(&lun, cdb::get_lba_status16(0, 4096, 0), 4096).0;
+        let run = |lba, blocks, status| Run { lba, blocks, status };
+        let half = blocks / 2;
+        let (anchored, hole) = (run(0, half, ANCHORED), run(half, half, DEALLOCATED));
+        for _ in 0..2 {
+            read_all();
+            assert_eq!(told(), [anchored, hole], "{kind:?}: after reads");
+        }
+        // A few fresh blocks among them, zeroes too: they are data at once, and stay so.
+        read_all();
+        lun.write16(8192, &[0x5a; 4096]);
+        lun.write16(24576, &[0; 4096]);
+        for flushed in [false, true] {
+            let all = statuses(&lun, 4000);
+            for fresh in [8192, 24576] {
+                let status = &all[fresh..fresh + 8];
+                assert!(status.iter().all(|s| *s == MAPPED), "{kind:?} {flushed}: {status:?}");
+            }
+            assert_eq!(lun.read16(8192, 8), [0x5a; 4096], "{kind:?}");
+            lun.synchronize_cache();
+        }
+        read_all();
+        // ext4 writes all of a folio of the page cache, of which a block in it is written.
+        let all = statuses(&lun, 4000);
+        let mapped = all.iter().filter(|status| **status == MAPPED).count();
+        assert!((16..=2 * 4096).contains(&mapped), "{kind:?}: {mapped} blocks after a flush");
+        let (first, second) = all.split_at(half as usize);
+        assert!(!first.contains(&DEALLOCATED) && second.iter().all(|s| *s == DEALLOCATED));
+        if kind != Kind::Ext4 {
+            // The blocks are shared, and written apart again: XFS reserves more than that for it.
+            let copy = bench.path.with_extension("copy");
+            let cloned =
+                Command::new("cp").arg("--reflink=always").arg(&bench.path).arg(&copy).status();
+            assert!(cloned.unwrap().success());
+            (0..64).for_each(|n| lun.write16(8192 + n % 8, &[n as u8; 512]));
+            lun.synchronize_cache();
+        }
+        lun.run(cdb::sanitize(0x02, 0)).expect_good();
+        read_all();
+        assert_eq!(told(), [run(0, blocks, DEALLOCATED)], "{kind:?}: after BLOCK ERASE");
+    }
+}
+
 /// A device whose sectors are larger than the disk's blocks frees and zeroes single blocks all the same, and touches no
 /// other.
 #[test]

@@ -16,7 +16,8 @@ use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, copy_file_range, fcntl, po
 use super::at_once::AtOnce;
 use super::beside::{self, Directory};
 use super::copy::{self, CopyError, Holes, Method, Side};
-use super::extents::{self, Knowledge};
+use super::extents::{self, Cached, Host, Knowledge};
+use super::fiemap::Mapped;
 use super::identity::Identity;
 use super::journal::{self, Journal};
 use super::lock::{LockError, lock_image_soon};
@@ -91,6 +92,8 @@ pub struct FileStore {
     backing: Option<BackingFile>,
     at_once: AtOnce,
     write_back: Arc<WriteBack>,
+    /// Cached zeroes over space that was not written are told from data, and dropped.
+    forgets: bool,
     deallocate: Ladder,
     reserve: Ladder,
     notes: Notes,
@@ -208,6 +211,7 @@ impl FileStore {
             FileSystem::Btrfs => write_back.short_of_room(),
             FileSystem::Ext4 | FileSystem::Other => write_back,
         });
+        store.forgets = !options.direct && !block_device && sys::seeks_in_cache(&store.file);
         store.write_back.look();
         // Nothing can be kept beside a device node: /dev is made anew by every boot.
         if !block_device {
@@ -408,6 +412,7 @@ impl FileStore {
             backing,
             at_once,
             write_back: unwatched(),
+            forgets: false,
             deallocate,
             reserve,
             notes: Notes::in_memory(),
@@ -499,6 +504,7 @@ impl FileStore {
             backing: None,
             at_once: AtOnce::never(),
             write_back: unwatched(),
+            forgets: false,
             deallocate: Ladder::new(DEALLOCATE),
             reserve: Ladder::new(RESERVE),
             notes: Notes::in_memory(),
@@ -648,6 +654,46 @@ impl FileStore {
     }
 }
 
+/// The file of a disk in service, of which what reads have left in the page cache may be dropped.
+struct Served<'a>(&'a FileStore);
+
+impl Host for Served<'_> {
+    fn mapped(&self, range: Range<u64>, max: usize) -> io::Result<Vec<Mapped>> {
+        self.0.file.mapped(range, max)
+    }
+
+    fn next_data(&self, at: u64) -> io::Result<Option<u64>> {
+        self.0.file.next_data(at)
+    }
+
+    fn next_hole(&self, at: u64) -> io::Result<u64> {
+        self.0.file.next_hole(at)
+    }
+
+    fn cached(&self, range: &Range<u64>) -> Cached {
+        let Ok(status) = sys::cache_status(&self.0.file, range) else { return Cached::Fresh };
+        match status.dirty.saturating_add(status.under_way) {
+            // What could not be written back is clean too, and may be nowhere else: the host is asked first.
+            0 if self.0.write_back.look().is_none() => Cached::Clean,
+            0 => Cached::Fresh,
+            unwritten if unwritten < status.cached => Cached::Mixed,
+            _ => Cached::Fresh,
+        }
+    }
+
+    fn forget(&self, range: &Range<u64>) {
+        // A folio goes as a whole or not at all, and may begin before the range and end behind it.
+        let folio = <Self as Host>::FOLIO;
+        let wide = range.start - range.start % folio..range.end.next_multiple_of(folio);
+        let range = if self.cached(&wide) == Cached::Clean { wide } else { range.clone() };
+        let (at, len) = (i64::try_from(range.start), i64::try_from(range.end - range.start));
+        if let (Ok(at), Ok(len)) = (at, len) {
+            // The kernel keeps what came to be dirty meanwhile.
+            let _ = posix_fadvise(&self.0.file, at, len, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        }
+    }
+}
+
 fn bytes(offset: u64, len: usize) -> Range<u64> {
     offset..offset.saturating_add(len as u64)
 }
@@ -770,6 +816,7 @@ impl Store for FileStore {
 
     fn extents(&self, range: Range<u64>, limit: usize) -> Result<Vec<Extent>, StoreError> {
         match &self.backing {
+            None if self.forgets => Ok(extents::walk(&Served(self), self.knowledge, range, limit)),
             None => Ok(extents::walk(&self.file, self.knowledge, range, limit)),
             Some(backing) => {
                 let extents = backing.extents(&self.file, range, limit);

@@ -36,6 +36,7 @@ pub use host::Host;
 pub use notes::Notes;
 pub use pieces::Piece;
 pub use pool::Pool;
+pub use sys::SYS_CACHESTAT;
 pub use write_back::WriteBack;
 
 use std::fmt;

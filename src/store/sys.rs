@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
@@ -171,6 +172,40 @@ fn touch(file: &File) -> io::Result<()> {
             _ => Ok(()),
         },
     }
+}
+
+/// What the page cache has of a range of a file, in pages (`struct cachestat`, linux/mman.h).
+#[repr(C)]
+#[derive(Default)]
+pub(super) struct CacheStatus {
+    /// All there are.
+    pub cached: u64,
+    /// That are to be written.
+    pub dirty: u64,
+    /// That are being written.
+    pub under_way: u64,
+    evicted: [u64; 2],
+}
+
+/// `cachestat(2)`, which has this number on every architecture (Linux 6.5).
+pub const SYS_CACHESTAT: i64 = 451;
+
+/// Asks what the page cache has of a range. It waits for nothing.
+pub(super) fn cache_status(file: &File, range: &Range<u64>) -> io::Result<CacheStatus> {
+    let asked = [range.start, range.end - range.start];
+    let mut status = CacheStatus::default();
+    // SAFETY: the kernel reads two numbers, and writes one `struct cachestat`, which has this size and layout.
+    let done =
+        unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), asked.as_ptr(), &mut status, 0) };
+    if done == 0 { Ok(status) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Whether lseek takes what lies in the page cache over unwritten space for data, and a page stays dirty or under
+/// write-back there until the space is marked as written: ext4 and XFS.
+pub(super) fn seeks_in_cache(file: &File) -> bool {
+    use nix::sys::statfs::{EXT4_SUPER_MAGIC, FsType, XFS_SUPER_MAGIC, fstatfs};
+    let is = |kind: FsType| kind == EXT4_SUPER_MAGIC || kind == XFS_SUPER_MAGIC;
+    fstatfs(file).is_ok_and(|host| is(host.filesystem_type()))
 }
 
 /// What the host has failed to write back of a file since this open file was asked the last time. It neither writes nor
