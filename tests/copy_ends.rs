@@ -542,7 +542,7 @@ fn writes_under_way_end_before_a_disk_is_erased() {
         let (la, lb) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
         let mut writes = Vec::new();
         let mut write = |n: u64| {
-            let (fe, lun) = if n % 2 == 0 { (&a, &la) } else { (&b, &lb) };
+            let (fe, lun) = if n.is_multiple_of(2) { (&a, &la) } else { (&b, &lb) };
             let request = lun.request(cdb::write16(n * 8, 8)).data_out(vec![9; 4096]);
             writes.push((fe, lun.submit(&request)));
         };
