@@ -17,9 +17,9 @@ use frontend::daemon::{Scratch, host_read};
 use frontend::pattern::{Rng, blocks};
 use frontend::scsi::{key, response, sense, status};
 use frontend::*;
-use mounts::Kind;
 use mounts::failing::{Failing, Failure};
 use mounts::fuse::Fuse;
+use mounts::{Kind, LoopDevice};
 
 const SIZE: u64 = 8 * MIB;
 const BLOCKS: u64 = SIZE / 512;
@@ -248,6 +248,10 @@ fn the_loss_stays_until_the_image_is_opened_anew() {
         for _ in 0..20 {
             flushers_fail(&b, WRITE_ERROR, true);
         }
+        // What is refused has changed nothing.
+        let fua = b.run_out(cdb::write16(64, 8).or(1, FUA), &[9; 4096]);
+        fua.expect_sense(WRITE_ERROR);
+        assert_eq!(b.read16(64, 8), [0; 4096]);
         // A format would fail at its end.
         a.run(cdb::format_unit(0)).expect_sense(WRITE_ERROR);
         a.run(cdb::sanitize(0x02, 0)).expect_sense(WRITE_ERROR);
@@ -488,27 +492,40 @@ fn whoever_has_the_file_open_is_told() {
     }
 }
 
-/// A block device: the kernel keeps its errors in the same way.
+/// A block device: the kernel keeps its errors in the same way. What is in the device's own cache is lost without them,
+/// and only the flush tells.
 #[test]
 fn a_block_device_that_breaks_is_told() {
     let Some(fuse) = Fuse::new(false) else { return };
-    let Some(device) = mounts::LoopDevice::over(&fuse.path().join("device"), SIZE >> 20) else {
-        return;
-    };
-    for options in ["", "cache=direct"] {
+    let device = fuse.path().join("device");
+    let Some(device) = LoopDevice::over(&device, SIZE >> 20) else { return };
+    for (options, breaks, flusher) in [
+        ("", true, SynchronizeCache10),
+        ("", true, SelfTest(0b001)),
+        ("", false, Write),
+        ("cache=direct", false, SynchronizeCache10),
+        ("cache=direct", false, Write),
+        ("cache=direct", false, CompareAndWrite),
+    ] {
         let scratch = Scratch::new();
         let daemon = cluster(&scratch, &device.device, options);
         let [a, b] = guests(&daemon);
         let (a, b) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
         a.write16(0, &[1; 4096]);
-        match options {
-            "" => fuse.fail_writes(Some(0..u64::MAX)),
-            // What is in the device's own cache is lost: nothing is told of that but by the flush.
-            _ => fuse.fail_flushes(1),
+        match breaks {
+            true => fuse.fail_writes(Some(0..u64::MAX)),
+            false => fuse.fail_flushes(1),
         }
-        SynchronizeCache10.run(&b).expect_sense(WRITE_ERROR);
+        let answer = flusher.run(&b);
+        assert_eq!(answer.sense_code(), flusher.says(WRITE_ERROR), "{options} {flusher:?}");
+        eventually("who wrote is told", || {
+            a.run(cdb::test_unit_ready()).sense_code() == Some(WRITE_ERROR)
+        });
         fuse.fail_writes(None);
-        is_told_once(&a, WRITE_ERROR, "who wrote");
+        is_told_nothing(&a, "who wrote, again");
+        if flusher.tells_later() {
+            is_told_once(&b, WRITE_ERROR, "who tested");
+        }
         for lun in [&a, &b] {
             SynchronizeCache10.run(lun).expect_sense(WRITE_ERROR);
             Write.run(lun).expect_sense(WRITE_ERROR);
@@ -983,44 +1000,58 @@ fn an_atomic_write_that_fails_halfway_is_made_before_its_blocks_are_used() {
     }
 }
 
-/// A copy takes what is read, not what the host has failed to write back.
+/// A copy takes what is read, not what the host has failed to write back, and which is in the blocks that could be
+/// shared.
 #[test]
 fn a_copy_of_what_is_lost_is_a_copy_of_what_is_read() {
-    let Some(mount) = Failing::new(Kind::Xfs, Failure::Full) else { return };
-    let disk = mount.path().join("disk.img");
-    half_written(&disk);
-    let scratch = Scratch::new();
-    let copy = scratch.image("copy.img", SIZE);
-    let daemon = Daemon::builder(&scratch).disk(&disk, "").disk(&copy, "").ports(2).spawn();
-    let [a, _] = guests(&daemon);
-    let (from, to) = (a.ready_lun(0, 0), a.ready_lun(0, 1));
-    let data = blocks(0, 2048, 512, 1);
-    from.write16(BLOCKS / 2, &data);
-    mount.fail();
-    write_back_by_the_host(&disk);
-    mount.heal();
-    // A point in time would be kept in blocks of the medium.
-    let populate = |lba: u64, count: u32| {
+    const POINT_IN_TIME: u32 = 0x0080_0000;
+    const UPON_REFERENCE: u32 = 0x0001_0000;
+    const COUNT: u32 = 2048;
+    for (kind, is_known) in
+        [(POINT_IN_TIME, false), (UPON_REFERENCE, false), (UPON_REFERENCE, true)]
+    {
+        let Some(mount) = Failing::new(Kind::Xfs, Failure::Full) else { return };
+        let disk = mount.path().join("disk.img");
+        half_written(&disk);
+        let copy = mount.path().join("copy.img");
+        File::create(&copy).unwrap().set_len(SIZE).unwrap();
+        let scratch = Scratch::new();
+        let daemon = Daemon::builder(&scratch).disk(&disk, "").disk(&copy, "").spawn();
+        let fe = FrontEnd::connect(&daemon);
+        let (from, to) = (fe.ready_lun(0, 0), fe.ready_lun(0, 1));
+        let data = blocks(0, COUNT as usize, 512, 1);
+        from.write16(BLOCKS / 2, &data);
+        mount.fail();
+        write_back_by_the_host(&disk);
+        mount.heal();
+        if is_known {
+            SynchronizeCache10.run(&from).expect_sense(sense::SPACE_ALLOCATION_FAILED);
+        }
         let mut list = vec![0; 32];
-        list[0..2].copy_from_slice(&30u16.to_be_bytes());
+        list[..2].copy_from_slice(&30u16.to_be_bytes());
+        list[2] = 2;
+        list[8..12].copy_from_slice(&kind.to_be_bytes());
         list[14..16].copy_from_slice(&16u16.to_be_bytes());
-        list[16..24].copy_from_slice(&lba.to_be_bytes());
-        list[24..28].copy_from_slice(&count.to_be_bytes());
-        from.run_out(cdb::populate_token(32).be32(6, 1), &list)
-    };
-    populate(BLOCKS / 2, 2048).expect_good();
-    is_told_once(&from, sense::SPACE_ALLOCATION_FAILED, "whose blocks were to be shared");
-    let data_in = from.run_in(cdb::receive_copy_lid4(0x07, 1, 1024), 1024).expect_good();
-    let answer = data_in.data();
-    let sense_length = usize::from(answer[13]);
-    let token = &answer[32 + sense_length + 4 + 2..][..512];
-    let mut list = vec![0; 536 + 16];
-    list[0..2].copy_from_slice(&550u16.to_be_bytes());
-    list[16..528].copy_from_slice(token);
-    list[534..536].copy_from_slice(&16u16.to_be_bytes());
-    list[544..548].copy_from_slice(&2048u32.to_be_bytes());
-    to.run_out(cdb::write_using_token(552).be32(6, 2), &list).expect_good();
-    assert!(to.read16(0, 2048) == from.read16(BLOCKS / 2, 2048), "the copy is not what is read");
+        list[16..24].copy_from_slice(&(BLOCKS / 2).to_be_bytes());
+        list[24..28].copy_from_slice(&COUNT.to_be_bytes());
+        from.run_out(cdb::populate_token(32).be32(6, 1), &list).expect_good();
+        if kind == POINT_IN_TIME {
+            is_told_once(&from, sense::SPACE_ALLOCATION_FAILED, "whose blocks were to be shared");
+        }
+        let answer = from.run_in(cdb::receive_copy_lid4(0x07, 1, 1024), 1024).expect_good();
+        let token = &answer.data()[answer.data().len() - 512..];
+        let mut list = vec![0; 552];
+        list[..2].copy_from_slice(&550u16.to_be_bytes());
+        list[16..528].copy_from_slice(token);
+        list[534..536].copy_from_slice(&16u16.to_be_bytes());
+        list[544..548].copy_from_slice(&COUNT.to_be_bytes());
+        to.run_out(cdb::write_using_token(552).be32(6, 2), &list).expect_good();
+        if kind == UPON_REFERENCE && !is_known {
+            is_told_once(&from, sense::SPACE_ALLOCATION_FAILED, "whose blocks were to be shared");
+        }
+        assert!(from.read16(BLOCKS / 2, COUNT) == data, "the host still has it");
+        assert!(to.read16(0, COUNT) == data, "{kind:x} {is_known}: the copy is not what is read");
+    }
 }
 
 /// A file that has become so short that it holds no block: there is no capacity to report.

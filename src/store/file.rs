@@ -1318,4 +1318,68 @@ mod tests {
         let error = FileStore::all(4096, 512, |done| sys::write(&full, 4096, &from, done, false));
         assert_eq!(error, Err(StoreError::at(Cause::NoSpace, 4096)));
     }
+
+    /// Nobody uses the blocks of an atomic write that has failed halfway, by whatever way, before it is made.
+    #[test]
+    fn an_unfinished_atomic_write_comes_first() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.img");
+        let range = 4096..8192;
+        let fail = |store: &FileStore| {
+            let data = Buffers::copy_of(&[2; 4096]).unwrap();
+            let half = |offset, data: &Buffers| {
+                store.write_cached(offset, &data.slice(0, 512)).unwrap();
+                Err(Cause::Medium.into())
+            };
+            store.journal.as_ref().unwrap().write(range.start, &data, half).unwrap_err();
+        };
+        let into = |len| Buffers::zeroed(len).unwrap();
+        let first = |store: &FileStore| {
+            let found = into(512);
+            store.read_all(range.end - 512, &found).unwrap();
+            found.to_vec(1)[0]
+        };
+        type Use = fn(&FileStore);
+        let uses: [Use; 7] = [
+            |store| store.read(4096, &Buffers::zeroed(512).unwrap()).unwrap(),
+            |store| store.read_medium(7680, &Buffers::zeroed(512).unwrap()).unwrap(),
+            |store| {
+                let one = Buffers::copy_of(&[9; 512]).unwrap();
+                store.write(4096, &one, Durability::Cached).unwrap();
+            },
+            |store| {
+                let one = Buffers::copy_of(&[9; 512]).unwrap();
+                store.write(4096, &one, Durability::Stable).unwrap();
+            },
+            |store| store.deallocate(4096..4608).unwrap(),
+            |store| store.reserve(4096..4608).unwrap(),
+            |store| {
+                let one = Buffers::copy_of(&[9; 512]).unwrap();
+                store.write_whole(0, &one).unwrap();
+            },
+        ];
+        for direct in [false, true] {
+            for use_it in uses {
+                std::fs::write(&path, [1; 16384]).unwrap();
+                let options = OpenOptionsFor { direct, ..PLAIN };
+                let Ok(store) = FileStore::open(&path, &options) else { continue };
+                fail(&store);
+                let read = Operation::Read { offset: 0, into: into(512), medium: false };
+                let from = Buffers::copy_of(&[3; 512]).unwrap();
+                let write = Operation::Write { offset: 0, from, durability: Durability::Cached };
+                for operation in [&read, &write] {
+                    assert!(store.try_now(operation).is_none(), "direct {direct}");
+                    assert!(store.ring_file(operation).is_none(), "direct {direct}");
+                }
+                assert!(store.file().is_none());
+                assert_eq!(first(&store), 1);
+                store.read(range.end, &into(512)).unwrap();
+                assert_eq!(first(&store), 1, "others do not wait for it");
+                use_it(&store);
+                assert_eq!(first(&store), 2, "direct {direct}");
+                assert!(store.file().is_some());
+                assert!(!directory.path().join("disk.img.thinlun-write").exists());
+            }
+        }
+    }
 }
