@@ -201,6 +201,8 @@ struct Operation {
 pub struct Wrong {
     pub disk: usize,
     pub block: usize,
+    /// So many from there on do.
+    pub count: usize,
     pub found: BTreeSet<Value>,
     pub allowed: BTreeSet<Value>,
 }
@@ -406,12 +408,16 @@ impl Model {
     pub fn check(&mut self, id: Id, read: usize, bytes: &[u8]) -> Result<(), Wrong> {
         let operation = &self.operations[&id];
         let (began, Seen { area, values, .. }) = (operation.began, operation.reads[read].clone());
-        for (n, (allowed, bytes)) in values.into_iter().zip(bytes.chunks(BLOCK)).enumerate() {
+        let found: Vec<_> = bytes.chunks(BLOCK).map(Value::found_in).collect();
+        let fits = |n: usize| found[n].is_subset(&values[n]);
+        let whole = found.len().min(values.len());
+        if let Some(n) = (0..whole).find(|n| !fits(*n)) {
+            let count = (n..whole).take_while(|n| !fits(*n)).count();
+            let (found, allowed) = (found[n].clone(), values[n].clone());
+            return Err(Wrong { disk: area.disk, block: area.lba + n, count, found, allowed });
+        }
+        for (n, found) in found.into_iter().enumerate().take(whole) {
             let (disk, block) = (area.disk, area.lba + n);
-            let found = Value::found_in(bytes);
-            if !found.is_subset(&allowed) {
-                return Err(Wrong { disk, block, found, allowed });
-            }
             let by = |value: &Value| if let Value::Of(id, _) = value { Some(*id) } else { None };
             self.found.extend(found.iter().filter_map(by));
             // Nothing was under way that could change it: this is what it holds.

@@ -25,7 +25,7 @@ const QUEUES: u64 = 2;
 /// Blocks whose history is printed, as what the wrong one holds may have come from them.
 const PLACES: usize = 5;
 /// Lines of it.
-const HISTORY: usize = 60;
+const HISTORY: usize = 120;
 
 /// What the host of a disk is like.
 const HOSTS: [&str; 8] = [
@@ -217,10 +217,10 @@ impl World {
 
     #[track_caller]
     pub fn fail_block(&self, what: &str, wrong: &Wrong) -> ! {
-        let Wrong { disk, block, found, allowed } = wrong;
+        let Wrong { disk, block, count, found, allowed } = wrong;
         let why = self.model.explain(*disk, *block);
         let what = format!(
-            "{what}: block {block} of disk {disk} holds {found:?}, and may hold {allowed:?}\n{why}"
+            "{what}: block {block} of disk {disk} (of {count}) holds {found:?}, and may hold {allowed:?}\n{why}"
         );
         let by = |value: &Value| {
             if let Value::Of(id, _) = value { Some(format!(" {id:?} ")) } else { None }
@@ -237,7 +237,13 @@ impl World {
         }
         self.fail_with(&format!("{what}--- places {places:?}"), |line| {
             let mut areas = line.writes.iter().chain(&line.reads);
-            let here = areas.any(|area| places.iter().any(|(d, b)| area.has(*d, *b)));
+            // What shares a block of the host with them may have done it.
+            let host = |(disk, block): &(usize, usize)| Area {
+                disk: *disk,
+                lba: block / 8 * 8,
+                blocks: 8,
+            };
+            let here = areas.any(|area| places.iter().any(|place| area.overlaps(&host(place))));
             here || line.always || theirs.iter().any(|id| line.text.contains(id))
         })
     }
@@ -584,7 +590,7 @@ impl World {
                 let allowed = self.model.seen(one.id, 0)[block - area.lba].clone();
                 if !allowed.contains(&Value::Zeroes) {
                     let found = BTreeSet::from([Value::Zeroes]);
-                    let wrong = Wrong { disk: area.disk, block, found, allowed };
+                    let wrong = Wrong { disk: area.disk, block, count: 1, found, allowed };
                     self.fail_block(&format!("{:?} GET LBA STATUS {kind}", one.id), &wrong);
                 }
             }
@@ -604,7 +610,8 @@ impl World {
         for (n, (allowed, value)) in seen.iter().zip(expected).enumerate() {
             if how == Ending::Done && !allowed.contains(value) {
                 let (found, allowed) = (BTreeSet::from([*value]), allowed.clone());
-                let wrong = Wrong { disk: area.disk, block: area.lba + n, found, allowed };
+                let (disk, block) = (area.disk, area.lba + n);
+                let wrong = Wrong { disk, block, count: 1, found, allowed };
                 self.fail_block(&format!("{:?} COMPARE AND WRITE", one.id), &wrong);
             }
         }
