@@ -13,6 +13,7 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::ops::Range;
+use std::slice;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
@@ -303,8 +304,8 @@ impl Exclusion {
     }
 }
 
-fn at(offset: u64, len: usize) -> [Range<u64>; 1] {
-    [offset..offset.saturating_add(len as u64)]
+fn at(offset: u64, len: usize) -> Range<u64> {
+    offset..offset.saturating_add(len as u64)
 }
 
 impl Store for Exclusion {
@@ -317,23 +318,29 @@ impl Store for Exclusion {
     }
 
     fn read(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
-        self.shared(&at(offset, into.len()), || self.store.read(offset, into))
+        self.shared(slice::from_ref(&at(offset, into.len())), || self.store.read(offset, into))
     }
 
     fn read_medium(&self, offset: u64, into: &Buffers) -> Result<(), StoreError> {
-        self.shared(&at(offset, into.len()), || self.store.read_medium(offset, into))
+        self.shared(slice::from_ref(&at(offset, into.len())), || {
+            self.store.read_medium(offset, into)
+        })
     }
 
     fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), StoreError> {
-        self.shared(&at(offset, from.len()), || self.store.write(offset, from, durability))
+        self.shared(slice::from_ref(&at(offset, from.len())), || {
+            self.store.write(offset, from, durability)
+        })
     }
 
     fn overwrite(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
-        self.shared(&at(offset, from.len()), || self.store.overwrite(offset, from))
+        self.shared(slice::from_ref(&at(offset, from.len())), || self.store.overwrite(offset, from))
     }
 
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
-        self.shared(&at(offset, from.len()), || self.store.write_whole(offset, from))
+        self.shared(slice::from_ref(&at(offset, from.len())), || {
+            self.store.write_whole(offset, from)
+        })
     }
 
     fn flush(&self) -> Result<(), StoreError> {
@@ -353,11 +360,11 @@ impl Store for Exclusion {
     }
 
     fn deallocate(&self, range: Range<u64>) -> Result<(), StoreError> {
-        self.shared(&[range.clone()], || self.store.deallocate(range))
+        self.shared(slice::from_ref(&range), || self.store.deallocate(range.clone()))
     }
 
     fn reserve(&self, range: Range<u64>) -> Result<(), StoreError> {
-        self.shared(&[range.clone()], || self.store.reserve(range))
+        self.shared(slice::from_ref(&range), || self.store.reserve(range.clone()))
     }
 
     fn zeroes_at_a_time(&self, into: Kind) -> u64 {
