@@ -102,7 +102,7 @@ pub(super) struct Entry<'a> {
     offset: u64,
     data: &'a [u8],
     /// Which image it is about and what of it would change, where that is said.
-    about: Option<(Identity, Changes)>,
+    about: Option<(Identity, &'a Changes)>,
 }
 
 impl<'a> Entry<'a> {
@@ -114,7 +114,7 @@ impl<'a> Entry<'a> {
                 let (header, data) = Header::ref_from_prefix(file).ok()?;
                 let image = header.image.split(|byte| *byte == 0).next().unwrap_or_default();
                 let image = std::str::from_utf8(image).ok()?.parse().ok()?;
-                (Some((image, header.changes)), data)
+                (Some((image, &header.changes)), data)
             }
             _ => return None,
         };

@@ -282,7 +282,7 @@ impl WriteBack {
         add(&mut state.lost, &flushing);
         let (name, why) = (&self.name, StoreError::from(cause));
         let lost = self.written.ranges(&state.lost);
-        let lost = if lost.is_empty() { vec![0..u64::MAX] } else { lost };
+        let lost = if lost.is_empty() { std::iter::once(0..u64::MAX).collect() } else { lost };
         if state.cause.is_none() {
             log::error!(
                 "{name}: the host could not write back what was written to it ({why}): what was written since the \
