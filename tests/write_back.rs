@@ -707,7 +707,7 @@ fn what_is_called_stable_is_there(kind: Kind, seed: u64) -> bool {
     let Some(mut mount) = Failing::new(kind, Failure::Broken) else { return false };
     let mut rng = Rng::new(seed);
     // Where only the file's own blocks fail, its file system goes on.
-    let alone = seed % 2 == 0 && kind != Kind::Btrfs;
+    let alone = seed.is_multiple_of(2) && kind != Kind::Btrfs;
     let disk = image(&mount, if alone { PLACES } else { rng.below(PLACES) });
     let options = CACHES[rng.below(3) as usize];
     let what = format!("{kind:?} seed {seed} {options} alone {alone}");
