@@ -577,14 +577,14 @@ mod tests {
     fn what_is_only_counted_ends_first() {
         for ends_listed in [false, true] {
             let (store, log) = (exclusion(), Log::default());
-            let hold = |at: u64| store.hold_now(&[at..at + 8]).unwrap();
+            let hold = |at: u64| store.hold_now(slice::from_ref(&(at..at + 8))).unwrap();
             let elsewhere = std::thread::scope(|scope| scope.spawn(|| hold(8)).join().unwrap());
             let holds = [hold(0), elsewhere];
             want(&store, &log, 'a', Mode::Alone, 512..520);
             let read =
                 Operation::Read { offset: 512, into: Buffers::zeroed(8).unwrap(), medium: false };
             assert!(store.try_now(&read).is_none(), "a newcomer does not overtake");
-            let listed = store.hold_now(&[0..8]).unwrap();
+            let listed = store.hold_now(slice::from_ref(&(0..8))).unwrap();
             for hold in holds {
                 assert_eq!(names(&log), "");
                 store.let_go(hold);
@@ -615,7 +615,10 @@ mod tests {
         want('f', Together, 2..4);
         want('g', Alone, 12..16);
         assert_eq!(names(&log), "ag", "the rest waits, `e` for one who waits himself");
-        assert!(store.hold_now(&[0..1]).is_none() && store.hold_now(&[9..10]).is_none());
+        assert!(
+            store.hold_now(slice::from_ref(&(0..1))).is_none()
+                && store.hold_now(slice::from_ref(&(9..10))).is_none()
+        );
         end('a');
         assert_eq!(names(&log), "gbcf");
         end('b');

@@ -308,7 +308,7 @@ mod tests {
             let into = Buffers::zeroed(8).unwrap();
             match n % 4 {
                 0 => engine.spawn(Token(n), &store, job(n, Need::Alone(0..8))),
-                1 => engine.spawn(Token(n), &store, job(n, Need::Together(vec![4..8]))),
+                1 => engine.spawn(Token(n), &store, job(n, Need::Together(vec![4..8, 1024..1032]))),
                 _ => engine.submit(
                     Token(n),
                     0,
