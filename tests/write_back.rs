@@ -577,13 +577,13 @@ fn contents(place: u64, stamp: u64) -> Vec<u8> {
 /// succeeded.
 struct Model {
     possible: Vec<Vec<(u64, bool)>>,
-    /// The disk has said that something is lost: from then on nothing is stable.
-    lost: bool,
+    /// The disk has said that something is lost, by this answer: from then on nothing is stable.
+    lost: Option<String>,
 }
 
 impl Model {
     fn new() -> Self {
-        Model { possible: vec![vec![(0, true)]; PLACES as usize], lost: false }
+        Model { possible: vec![vec![(0, true)]; PLACES as usize], lost: None }
     }
 
     fn stable(stamps: &mut Vec<(u64, bool)>) {
@@ -662,7 +662,7 @@ impl Model {
     /// What an answer says. `cache` is whether the disk has a write cache.
     fn hears(&mut self, step: Step, answer: &ScsiResponse, cache: bool, what: &str) {
         if answer.sense.as_ref().is_some_and(|sense| sense.response_code == DEFERRED) {
-            self.lost = true;
+            self.lost.get_or_insert(format!("{answer:?}"));
             return;
         }
         let (wrote, stable) = match step {
@@ -672,7 +672,11 @@ impl Model {
             Step::WriteWhole { place, stamp } => (Some((place, stamp)), true),
             Step::Free { place, .. } => (Some((place, 0)), !cache),
         };
-        assert!(!(self.lost && stable && answer.is_good()), "{what}: {step:?} is good");
+        assert!(
+            self.lost.is_none() || !stable || !answer.is_good(),
+            "{what}: {step:?} is good after {:?}",
+            self.lost
+        );
         if let Some((place, stamp)) = wrote {
             let stamps = &mut self.possible[place as usize];
             stamps.push((stamp, answer.is_good()));
@@ -682,7 +686,7 @@ impl Model {
         }
         match step {
             Step::Flush if answer.is_good() => self.possible.iter_mut().for_each(Self::stable),
-            Step::Flush | Step::Read { .. } => self.lost |= !answer.is_good(),
+            Step::Flush => drop(self.lost.get_or_insert(format!("{answer:?}"))),
             _ => {}
         }
     }
@@ -742,7 +746,7 @@ fn what_is_called_stable_is_there(kind: Kind, seed: u64) -> bool {
     drop(daemon);
     mount.remount();
     model.is_right(&disk, &what);
-    model.lost
+    model.lost.is_some()
 }
 
 #[test]
