@@ -1331,7 +1331,12 @@ mod tests {
                 store.write_cached(offset, &data.slice(0, 512)).unwrap();
                 Err(Cause::Medium.into())
             };
-            store.journal.as_ref().unwrap().write(range.start, &data, half).unwrap_err();
+            store
+                .journal
+                .as_ref()
+                .unwrap()
+                .write(range.start, &data, |_, _| Ok(()), half)
+                .unwrap_err();
         };
         let into = |len| Buffers::zeroed(len).unwrap();
         let first = |store: &FileStore| {
