@@ -438,6 +438,7 @@ impl World {
         };
         let not = if one.again { Ending::Maybe } else { Ending::Not };
         let copy = matches!(one.kind, Kind::Copy { .. });
+        let populates = matches!(one.kind, Kind::Populate { .. });
         let ended = |answer| match one.disturbed || one.again {
             true => answer,
             false => wrong("nobody has ended it"),
@@ -471,7 +472,7 @@ impl World {
                     false => wrong("nobody formats it"),
                 },
                 (key::MISCOMPARE, 0x1d, 0) if matches!(one.kind, Kind::Compare(_)) => not,
-                (key::COPY_ABORTED, ..) if copy => {
+                (key::COPY_ABORTED, ..) if copy || populates => {
                     let met = one.needs.iter().any(|need| need.forbidden);
                     if !met && !one.beside_whole && !one.disturbed && !one.again {
                         return wrong("nothing was in its way");
@@ -480,7 +481,8 @@ impl World {
                 }
                 // A token is good for as long as its maker sees fit.
                 (key::ILLEGAL_REQUEST, 0x23, _) if copy => Ending::Maybe,
-                (key::ILLEGAL_REQUEST, ..) if matches!(one.kind, Kind::Populate { .. }) => not,
+                // INSUFFICIENT RESOURCES: an initiator has no more than its share of copies and tokens.
+                (key::ILLEGAL_REQUEST, 0x55, 3) if copy || populates => not,
                 (key::ILLEGAL_REQUEST, 0x24, 0) if matches!(one.kind, Kind::CopyStatus(_)) => not,
                 (key::ILLEGAL_REQUEST, 0x24, 0) if matches!(one.kind, Kind::StopCopy(_)) => not,
                 (key::ILLEGAL_REQUEST, 0x24, 0)
