@@ -61,7 +61,15 @@ pub struct Line {
     pub always: bool,
 }
 
+impl Line {
+    fn shown(&self) -> String {
+        let Line { text, writes, reads, .. } = self;
+        format!("{text} writes {writes:?} reads {reads:?}")
+    }
+}
+
 pub struct World {
+    pub seed: u64,
     pub rng: Rng,
     pub scratch: Scratch,
     pub daemon: Option<Daemon>,
@@ -119,6 +127,7 @@ impl World {
         let chosen = std::env::var_os("THINLUN_TEST_ENGINE").is_some();
         let engine = (!chosen).then(|| *rng.pick(&["auto", "threads"]));
         let mut world = World {
+            seed,
             rng,
             scratch,
             daemon: None,
@@ -198,10 +207,13 @@ impl World {
     #[track_caller]
     pub fn fail_with(&self, what: &str, about: impl Fn(&Line) -> bool) -> ! {
         let lines: Vec<&Line> = self.history.iter().filter(|line| about(line)).collect();
-        let mut text = format!("{what}\n--- what led there:\n");
+        let whole: Vec<String> = self.history.iter().map(Line::shown).collect();
+        let kept = std::env::temp_dir().join(format!("thinlun-model-{:016x}.txt", self.seed));
+        let _ = std::fs::write(&kept, format!("{what}\n{}", whole.join("\n")));
+        let mut text =
+            format!("{what}\n--- what led there (all of it is in {}):\n", kept.display());
         for line in &lines[lines.len().saturating_sub(HISTORY)..] {
-            let Line { text: line, writes, reads, .. } = line;
-            let _ = writeln!(text, "{line} writes {writes:?} reads {reads:?}");
+            let _ = writeln!(text, "{}", line.shown());
         }
         let _ = writeln!(text, "--- not answered:");
         for o in self.out.values() {
