@@ -480,6 +480,8 @@ impl World {
             (response::OK, status::CHECK_CONDITION) => match answer.sense_code().unwrap() {
                 (key::UNIT_ATTENTION, ..) => not,
                 (key::NOT_READY, 4, 0x04 | 0x1b) => match one.beside_whole || one.again {
+                    // An operation that begins ends copies that may be under way, to other disks too.
+                    true if copy => Ending::Maybe,
                     true => not,
                     false => wrong("nobody formats it"),
                 },
