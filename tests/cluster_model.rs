@@ -4,8 +4,8 @@
 //! that stop, connections that break, `kill -9`.
 //!
 //! An episode is a few hundred steps from one seed. Which operation meets which is up to the scheduler, so that a seed may
-//! have to be tried several times. What is printed for a failure is the history of the wrong block. Seeds that have failed
-//! are kept in `regressions/cluster_model.txt` and come first.
+//! have to be tried several times. What is printed for a failure is the history of the wrong block, and where all of it is
+//! kept. Seeds that have failed are in `regressions/cluster_model.txt` and come first.
 //!
 //! `THINLUN_TEST_MODEL_SECONDS` says how long each test takes on each file system (30), `THINLUN_TEST_MODEL_SEED` is the one
 //! seed to use all that time.
@@ -399,9 +399,7 @@ impl World {
         let name = if background { "WRITE USING TOKEN, IMMED" } else { "WRITE USING TOKEN" };
         let mut command = Command::new(target.disk, name, Access::Write, cdb).data(data);
         if by_reference {
-            if !dead {
-                command = command.needs(source, Access::Read);
-            }
+            command = command.needs(source, Access::Read);
             let mut lba = target.lba;
             for (n, range) in ranges.iter().enumerate() {
                 let part = Area { disk: target.disk, lba, blocks: range.blocks };

@@ -61,7 +61,15 @@ pub struct Line {
     pub always: bool,
 }
 
+impl Line {
+    fn shown(&self) -> String {
+        let Line { text, writes, reads, .. } = self;
+        format!("{text} writes {writes:?} reads {reads:?}")
+    }
+}
+
 pub struct World {
+    pub seed: u64,
     pub rng: Rng,
     pub scratch: Scratch,
     pub daemon: Option<Daemon>,
@@ -119,6 +127,7 @@ impl World {
         let chosen = std::env::var_os("THINLUN_TEST_ENGINE").is_some();
         let engine = (!chosen).then(|| *rng.pick(&["auto", "threads"]));
         let mut world = World {
+            seed,
             rng,
             scratch,
             daemon: None,
@@ -198,10 +207,13 @@ impl World {
     #[track_caller]
     pub fn fail_with(&self, what: &str, about: impl Fn(&Line) -> bool) -> ! {
         let lines: Vec<&Line> = self.history.iter().filter(|line| about(line)).collect();
-        let mut text = format!("{what}\n--- what led there:\n");
+        let whole: Vec<String> = self.history.iter().map(Line::shown).collect();
+        let kept = std::env::temp_dir().join(format!("thinlun-model-{:016x}.txt", self.seed));
+        let _ = std::fs::write(&kept, format!("{what}\n{}", whole.join("\n")));
+        let mut text =
+            format!("{what}\n--- what led there (all of it is in {}):\n", kept.display());
         for line in &lines[lines.len().saturating_sub(HISTORY)..] {
-            let Line { text: line, writes, reads, .. } = line;
-            let _ = writeln!(text, "{line} writes {writes:?} reads {reads:?}");
+            let _ = writeln!(text, "{}", line.shown());
         }
         let _ = writeln!(text, "--- not answered:");
         for o in self.out.values() {
@@ -438,6 +450,7 @@ impl World {
         };
         let not = if one.again { Ending::Maybe } else { Ending::Not };
         let copy = matches!(one.kind, Kind::Copy { .. });
+        let populates = matches!(one.kind, Kind::Populate { .. });
         let ended = |answer| match one.disturbed || one.again {
             true => answer,
             false => wrong("nobody has ended it"),
@@ -467,11 +480,13 @@ impl World {
             (response::OK, status::CHECK_CONDITION) => match answer.sense_code().unwrap() {
                 (key::UNIT_ATTENTION, ..) => not,
                 (key::NOT_READY, 4, 0x04 | 0x1b) => match one.beside_whole || one.again {
+                    // An operation that begins ends copies that may be under way, to other disks too.
+                    true if copy => Ending::Maybe,
                     true => not,
                     false => wrong("nobody formats it"),
                 },
                 (key::MISCOMPARE, 0x1d, 0) if matches!(one.kind, Kind::Compare(_)) => not,
-                (key::COPY_ABORTED, ..) if copy => {
+                (key::COPY_ABORTED, ..) if copy || populates => {
                     let met = one.needs.iter().any(|need| need.forbidden);
                     if !met && !one.beside_whole && !one.disturbed && !one.again {
                         return wrong("nothing was in its way");
@@ -480,7 +495,8 @@ impl World {
                 }
                 // A token is good for as long as its maker sees fit.
                 (key::ILLEGAL_REQUEST, 0x23, _) if copy => Ending::Maybe,
-                (key::ILLEGAL_REQUEST, ..) if matches!(one.kind, Kind::Populate { .. }) => not,
+                // INSUFFICIENT RESOURCES: an initiator has no more than its share of copies and tokens.
+                (key::ILLEGAL_REQUEST, 0x55, 3) if copy || populates => not,
                 (key::ILLEGAL_REQUEST, 0x24, 0) if matches!(one.kind, Kind::CopyStatus(_)) => not,
                 (key::ILLEGAL_REQUEST, 0x24, 0) if matches!(one.kind, Kind::StopCopy(_)) => not,
                 (key::ILLEGAL_REQUEST, 0x24, 0)
