@@ -181,8 +181,11 @@ fn a_file_without_permission() {
         return mounts::skipped("only root can become somebody without permission");
     }
     let scratch = Scratch::new();
-    fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let disk = scratch.image("secret.img", MIB);
+    let open = fs::Permissions::from_mode(0o777);
+    fs::set_permissions(scratch.path(), open.clone()).unwrap();
+    fs::create_dir(scratch.join("open")).unwrap();
+    fs::set_permissions(scratch.join("open"), open).unwrap();
+    let disk = scratch.image("open/secret.img", MIB);
     let mode = |mode| fs::set_permissions(&disk, fs::Permissions::from_mode(mode)).unwrap();
     let as_nobody = |options: &str| Daemon::builder(&scratch).user(NOBODY).disk(&disk, options);
     mode(0o600);

@@ -18,6 +18,8 @@ const SANITIZE_IN_PROGRESS: sense::Code = (2, 4, 0x1b);
 
 const IMMED: u8 = 0x80;
 const OVERWRITE: u8 = 0x01;
+/// Of its parameter list.
+const INVERT: u8 = 0x80;
 
 const SIZE: u64 = 16 * MIB;
 
@@ -219,6 +221,26 @@ fn an_operation_that_has_ended_is_not_begun_again() {
     assert_eq!(lun.read16(last, 8), [7; 4096]);
     hosts.assert_still();
     assert_eq!(lun.read16(last, 8), [7; 4096]);
+}
+
+/// The mark in the first block is gone with the first of its passes; what dies between two of them has not ended.
+#[test]
+fn an_operation_that_dies_in_its_last_block_goes_on() {
+    let hosts = Hosts::new();
+    let mut source = hosts.source("fault=write:delay-ms-1000@0-512");
+    let fe = FrontEnd::connect(&source);
+    let lun = fe.ready_lun(0, 0);
+    overwrite(&lun, INVERT | 2, 0x5a);
+    eventually("the first pass over the first block", || {
+        host_read(&hosts.disk, 0, 512) == [!0x5a; 512]
+    });
+    source.kill();
+    drop(fe);
+    let next = hosts.source("");
+    let fe = FrontEnd::connect(&next);
+    wait_until_ready(&fe.lun(0, 0), SANITIZE_IN_PROGRESS);
+    hosts.assert_filled(0, 0x5a);
+    assert_eq!(hosts.noted(), None);
 }
 
 /// A guest that starts anew finds it further, not begun again.

@@ -437,8 +437,15 @@ fn carry_out(lun: &Lun, mut operation: Operation) {
     let (background, serial) = (lun.background(), &lun.settings().serial);
     let name = operation.work.name();
     loop {
+        let done = operation.work.run(lun, operation.from).and_then(|()| {
+            // The first of the passes that are left takes the mark with it.
+            (operation.from, operation.mark) = (operation.work.behind_all(), None);
+            let unmarked = |error| End::Failed { error, marked: false };
+            note(lun, Some(operation.running())).map_err(unmarked)?;
+            operation.work.finish(lun).map_err(unmarked)
+        });
         // An operation has ended when a restart will not repeat it.
-        let failed = match operation.work.run(lun, operation.from) {
+        let failed = match done {
             Ok(()) => match note(lun, None) {
                 Ok(()) => {
                     log::info!("{serial}: {name} is done");
@@ -641,7 +648,7 @@ impl Work {
         }
     }
 
-    /// Does all of it from a position on, and makes it last: the first block, with the mark, when all others are done.
+    /// Does all of it from a position on but the first block, with the mark, and makes it last.
     fn run(&self, lun: &Lun, from: Position) -> Result<(), End> {
         let behind = |error| End::Failed { error, marked: true };
         let whole = lun.bytes(0, lun.blocks()).map_err(behind)?;
@@ -674,11 +681,21 @@ impl Work {
                 return Err(End::Left(position));
             }
         }
-        let failed = |error| End::Failed { error, marked: false };
-        for pass in &passes {
+        Ok(())
+    }
+
+    /// Where it is when only the first block is left.
+    fn behind_all(&self) -> Position {
+        Position { pass: self.passes().len(), byte: 0 }
+    }
+
+    /// Does the first block.
+    fn finish(&self, lun: &Lun) -> Result<(), ScsiError> {
+        let whole = lun.bytes(0, lun.blocks())?;
+        for pass in &self.passes() {
             // More than the block, as the host may give space back in larger pieces only.
-            pass.run_on_all(lun, 0..whole.end.min(HEAD), |_| Ok(())).map_err(failed)?;
-            lun.settle(Durability::Stable).map_err(failed)?;
+            pass.run_on_all(lun, 0..whole.end.min(HEAD), |_| Ok(()))?;
+            lun.settle(Durability::Stable)?;
         }
         Ok(())
     }
