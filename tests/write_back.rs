@@ -1008,11 +1008,14 @@ fn an_atomic_write_that_fails_halfway_is_made_before_its_blocks_are_used() {
 /// shared.
 #[test]
 fn a_copy_of_what_is_lost_is_a_copy_of_what_is_read() {
+    // ROD TYPE; without one (RTV 0) a token that keeps its data is made if that can be had.
     const POINT_IN_TIME: u32 = 0x0080_0000;
     const UPON_REFERENCE: u32 = 0x0001_0000;
+    const ANY: u32 = 0;
+    const INSUFFICIENT_RESOURCES_TO_CREATE_ROD: sense::Code = (key::ILLEGAL_REQUEST, 0x55, 0x0c);
     const COUNT: u32 = 2048;
     for (kind, is_known) in
-        [(POINT_IN_TIME, false), (UPON_REFERENCE, false), (UPON_REFERENCE, true)]
+        [(POINT_IN_TIME, false), (ANY, false), (UPON_REFERENCE, false), (UPON_REFERENCE, true)]
     {
         let Some(mount) = Failing::new(Kind::Xfs, Failure::Full) else { return };
         let disk = mount.path().join("disk.img");
@@ -1033,13 +1036,18 @@ fn a_copy_of_what_is_lost_is_a_copy_of_what_is_read() {
         }
         let mut list = vec![0; 32];
         list[..2].copy_from_slice(&30u16.to_be_bytes());
-        list[2] = 2;
+        list[2] = if kind == ANY { 0 } else { 2 };
         list[8..12].copy_from_slice(&kind.to_be_bytes());
         list[14..16].copy_from_slice(&16u16.to_be_bytes());
         list[16..24].copy_from_slice(&(BLOCKS / 2).to_be_bytes());
         list[24..28].copy_from_slice(&COUNT.to_be_bytes());
-        from.run_out(cdb::populate_token(32).be32(6, 1), &list).expect_good();
+        let populated = from.run_out(cdb::populate_token(32).be32(6, 1), &list);
         if kind == POINT_IN_TIME {
+            populated.expect_sense(INSUFFICIENT_RESOURCES_TO_CREATE_ROD);
+            continue;
+        }
+        populated.expect_good();
+        if kind == ANY {
             is_told_once(&from, sense::SPACE_ALLOCATION_FAILED, "whose blocks were to be shared");
         }
         let answer = from.run_in(cdb::receive_copy_lid4(0x07, 1, 1024), 1024).expect_good();

@@ -350,14 +350,16 @@ pub fn start(
         (background.put(&mut state, State::Running(work.clone())), started)
     };
     let noted_before = lun.store().notes().get(NOTE);
-    let mut operation = Operation { work, from: Position::default(), mark: Mark::random() };
+    let operation = Operation { work, from: Position::default(), mark: None };
+    let on = Arc::clone(lun);
+    let prepare = move |operation: &mut Operation| {
+        first();
+        // Not before: a write that was under way may be one of the first block.
+        operation.set_mark(&on);
+    };
     // There is a thread for it before it is noted, so that nothing is noted that does not run.
-    let noted = spawn(lun, first).and_then(|begin| {
+    let noted = spawn(lun, prepare).and_then(|begin| {
         note(lun, Some(operation.running()))?;
-        // The mark comes after the note that names it: until both are there, nothing has begun.
-        if operation.mark.take_if(|mark| mark.write(lun).is_err()).is_some() {
-            note(lun, Some(operation.running()))?;
-        }
         Ok(begin)
     });
     match noted {
@@ -406,7 +408,7 @@ fn resume(lun: &Arc<Lun>) {
     }
     log::info!("{serial}: {} goes on", work.name());
     background.become_state(State::Running(work.clone()));
-    match spawn(lun, || {}) {
+    match spawn(lun, |_| {}) {
         Ok(begin) => drop(begin.send(operation)),
         Err(_) => {
             log::error!("{serial}: no thread for it; it is repeated at the next start");
@@ -415,17 +417,17 @@ fn resume(lun: &Arc<Lun>) {
     }
 }
 
-/// Makes the thread of an operation, which begins when it is told to, and ends if nobody will.
+/// Makes the thread of an operation, which begins when it is told to, with `prepare`, and ends if nobody will.
 fn spawn(
     lun: &Arc<Lun>,
-    first: impl FnOnce() + Send + 'static,
+    prepare: impl FnOnce(&mut Operation) + Send + 'static,
 ) -> Result<Sender<Operation>, ScsiError> {
     let on = Arc::clone(lun);
     let (begin, begins) = mpsc::channel();
     // Commands wait for it, as many as the pool has threads.
     let spawned = lun.store().pool().run_apart(Box::new(move || {
-        if let Ok(operation) = begins.recv() {
-            first();
+        if let Ok(mut operation) = begins.recv() {
+            prepare(&mut operation);
             carry_out(&on, operation);
         }
     }));
@@ -558,6 +560,16 @@ struct Operation {
 }
 
 impl Operation {
+    /// Gives the image a mark, and has the note name it. Without one, where that cannot be, the note holds whatever the
+    /// image holds.
+    fn set_mark(&mut self, lun: &Lun) {
+        let Some(mark) = Mark::random().filter(|mark| mark.write(lun).is_ok()) else { return };
+        self.mark = Some(mark);
+        if note(lun, Some(self.running())).is_err() {
+            self.mark = None;
+        }
+    }
+
     /// As it is noted while it runs: `running@PASS.BYTE#MARK WORK`, without a position at the start.
     fn running(&self) -> String {
         let Position { pass, byte } = self.from;

@@ -950,6 +950,9 @@ impl Store for FileStore {
     ) -> Result<Option<Snapshot>, CopyError> {
         let directory = self.directory.as_ref().filter(|_| self.capabilities.snapshots);
         let Some(directory) = directory else { return Ok(None) };
+        if self.write_back.failure().is_some() {
+            return Ok(None);
+        }
         for range in ranges {
             self.end_atomic(range).map_err(|error| CopyError {
                 side: Side::Source,
