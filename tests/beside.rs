@@ -121,8 +121,12 @@ fn killed_while_erasing(scratch: &Scratch, image: &Path) {
     let fe = FrontEnd::connect(&daemon);
     let lun = fe.ready_lun(0, 0);
     lun.run_out(cdb::sanitize(0x81, 5), &[1, 0, 0, 1, 0xee]).expect_good();
+    eventually("the mark of the operation", || {
+        let noted = fs::read_to_string(notes(image)).unwrap();
+        assert!(noted.contains("operation=running"));
+        noted.contains("operation=running#")
+    });
     daemon.kill();
-    assert!(fs::read_to_string(notes(image)).unwrap().contains("operation=running"));
 }
 
 /// Whatever was noted: a guest finds this.
