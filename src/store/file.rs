@@ -705,13 +705,12 @@ fn unwatched() -> Arc<WriteBack> {
 
 /// The same file, opened once more, to be told of errors of write-back.
 fn witness(file: &File, path: &Path) -> Result<File, OpenError> {
-    let changed = "changed while it was being opened; try again";
     let witness = File::open(path).map_err(|e| format!("cannot be opened: {}", plain(&e)))?;
     let (one, other) = (file.metadata(), witness.metadata());
     let (one, other) = (one.map_err(|e| plain(&e))?, other.map_err(|e| plain(&e))?);
     match (one.dev(), one.ino()) == (other.dev(), other.ino()) {
         true => Ok(witness),
-        false => Err(changed.into()),
+        false => Err(CHANGED.into()),
     }
 }
 
