@@ -18,8 +18,8 @@ use super::{Buffers, sys};
 /// A write that took longer has waited for something.
 const SLOW: Duration = Duration::from_millis(1);
 
-/// How many times as long as it has waited a file has to be left alone: no more than a hundredth of a queue's
-/// time is lost to it.
+/// How many times as long as it has waited a file has to be left alone: little of a queue's time is lost to it, some five
+/// hundredths if every write waits.
 const REST: u32 = 100;
 
 /// Which transfers can be made without waiting, as far as is known.
@@ -125,7 +125,8 @@ impl Trust {
         }
         let watched = now < until;
         if until != 0 && !watched {
-            self.watched.store(0, Ordering::Relaxed);
+            // Unless another has found a reason to go on.
+            let _ = self.watched.compare_exchange(until, 0, Ordering::Relaxed, Ordering::Relaxed);
         }
         let before = watched.then(waits);
         let result = transfer();
@@ -143,19 +144,22 @@ impl Trust {
     }
 }
 
-/// Whether this is the one of a few calls of this thread whose time is taken.
+/// Whether this is one of the few calls of this thread whose time is taken: the first, as a thread that is left in a call
+/// makes no other, and then any, so that no file and no block is passed over for ever.
 fn is_sample() -> bool {
-    SINCE_SAMPLE.with(|count| {
-        count.set(count.get().wrapping_add(1));
-        count.get() % SAMPLED == 0
+    SAMPLES.with(|number| {
+        let this = number.get();
+        // Numerical Recipes' generator: its upper bits are as good as any for this.
+        number.set(this.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
+        this >> SAMPLED_BITS == 0
     })
 }
 
-/// One call in so many has its time taken.
-const SAMPLED: u32 = 4;
+/// One call in four has its time taken.
+const SAMPLED_BITS: u32 = 30;
 
 thread_local! {
-    static SINCE_SAMPLE: Cell<u32> = const { Cell::new(0) };
+    static SAMPLES: Cell<u32> = const { Cell::new(0) };
 }
 
 /// How often this thread has gone to sleep by itself.
@@ -178,19 +182,26 @@ mod tests {
         Ok(3)
     }
 
-    /// Calls until the next is one that is timed.
-    fn untimed(trust: &Trust) {
-        while SINCE_SAMPLE.get() % SAMPLED != SAMPLED - 1 {
-            assert_eq!(trust.attempt(|| Ok(1)), Some(1));
+    /// Has the next call be one that is timed.
+    fn timed() {
+        SAMPLES.set(0);
+    }
+
+    #[test]
+    fn some_are_timed_and_the_first_of_a_thread_is() {
+        for _ in 0..3 {
+            assert!(std::thread::spawn(is_sample).join().unwrap());
         }
+        let both = [0, 1].map(|odd| (0..4000).filter(|n| is_sample() && n % 2 == odd).count());
+        assert!(both.iter().all(|some| (300..700).contains(some)), "{both:?}");
     }
 
     #[test]
     fn a_write_that_waited_twice_is_not_followed_by_another() {
         let trust = Trust::new();
-        untimed(&trust);
+        timed();
         assert_eq!(trust.attempt(|| Err(io::ErrorKind::StorageFull.into())), None);
-        untimed(&trust);
+        timed();
         assert_eq!(trust.attempt(sleeps), Some(3));
         // For long enough, however slow this machine is.
         assert!(trust.watched.swap(u64::MAX, Ordering::Relaxed) >= 2_000_000);
@@ -211,8 +222,10 @@ mod tests {
             Ok(3)
         };
         for _ in 0..4 {
-            untimed(&trust);
+            timed();
             assert_eq!(trust.attempt(busy), Some(3));
+            assert!(trust.watched.swap(u64::MAX, Ordering::Relaxed) > 0, "the next one is watched");
         }
+        assert_eq!(trust.again.load(Ordering::Relaxed), 0);
     }
 }

@@ -145,8 +145,8 @@ impl Chains {
         Ok(Chain { head, readable, writable })
     }
 
-    /// The command whose chain begins at descriptor `head`, and whether it was taken before. Its header and response are on their way to this processor
-    /// when it returns.
+    /// The command whose chain begins at descriptor `head`; `again` says whether it was taken before. Its header and
+    /// response are on their way to this processor when it returns.
     ///
     /// # Errors
     /// As [`Chains::resolve`]; and if there is no room for a response.

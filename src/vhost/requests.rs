@@ -326,7 +326,7 @@ impl RequestQueue {
         self.take(ring, ring.size());
     }
 
-    /// The ring is in memory again.
+    /// Takes all that is there, and ends in it what the ring was to be swept for when its memory came back.
     #[cold]
     fn sweep_later(&mut self, ring: &mut Ring) {
         self.take_all(ring);
@@ -574,7 +574,8 @@ impl Service for RequestQueue {
                 false => keep_unreported(&mut self.later, sweep),
             }
         } else if take {
-            self.take_all(ring);
+            // What came before is swept first for what was asked before.
+            self.sweep_later(ring);
         }
         self.sweep_taken(ring, sweep);
         self.sweep_begun(ring, sweep);
