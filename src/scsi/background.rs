@@ -168,6 +168,27 @@ impl Background {
         }
     }
 
+    /// BUSY while it is not known what is noted, reservations among it.
+    ///
+    /// # Errors
+    /// Then.
+    #[inline]
+    pub fn check_known(&self, tolerance: Tolerance) -> Result<(), ScsiError> {
+        match self.occupied.load(Ordering::Acquire) {
+            true if tolerance != Tolerance::Always => self.check_unknown(),
+            _ => Ok(()),
+        }
+    }
+
+    #[cold]
+    fn check_unknown(&self) -> Result<(), ScsiError> {
+        let state = self.state();
+        match &*state {
+            State::Unknown { .. } => Err(self.refusal(&state)),
+            _ => Ok(()),
+        }
+    }
+
     #[cold]
     fn check_occupied(&self, tolerance: Tolerance) -> Result<(), ScsiError> {
         if tolerance == Tolerance::Always {
@@ -408,7 +429,14 @@ fn resume(lun: &Arc<Lun>) {
     }
     log::info!("{serial}: {} goes on", work.name());
     background.become_state(State::Running(work.clone()));
-    match spawn(lun, |_| {}) {
+    let on = Arc::clone(lun);
+    let prepare = move |operation: &mut Operation| {
+        // It died before it had one.
+        if operation.mark.is_none() && operation.from == Position::default() {
+            operation.set_mark(&on);
+        }
+    };
+    match spawn(lun, prepare) {
         Ok(begin) => drop(begin.send(operation)),
         Err(_) => {
             log::error!("{serial}: no thread for it; it is repeated at the next start");

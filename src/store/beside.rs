@@ -121,6 +121,20 @@ impl Directory {
         Ok(self.with_names(move |on| Ok(openat(&on.file, ".", flags, OURS)?))?.into())
     }
 
+    /// Makes names last as they are: a file that one who has died has removed, but not so that a crash would not bring it
+    /// back, is not found after one.
+    ///
+    /// # Errors
+    /// If the host cannot; not where it has no such call for directories.
+    pub(super) fn make_last(&self) -> io::Result<()> {
+        match self.file.sync_all() {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) => {
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
     /// Whether the image's name leads to another file now. While it leads nowhere, what is kept under it is still the
     /// image's, and says so.
     fn is_replaced(&self) -> bool {
@@ -278,7 +292,7 @@ impl Beside {
     }
 
     fn make_last(&self) -> Result<(), Failed> {
-        self.directory.file.sync_all().map_err(|error| Failed { error, happened: true })
+        self.directory.make_last().map_err(|error| Failed { error, happened: true })
     }
 
     fn fill(

@@ -249,6 +249,9 @@ impl FileStore {
                 .within(look)
                 .map_err(|e| format!("what lies beside it: {}", plain(&e)))?
                 .ok_or(CHANGED)?;
+            if writes {
+                directory.make_last().map_err(|e| format!("its directory: {}", plain(&e)))?;
+            }
         }
         let [noted, journaled] = found;
         let in_notes = |e: io::Error| {
@@ -814,6 +817,10 @@ impl Store for FileStore {
     }
 
     fn extents(&self, range: Range<u64>, limit: usize) -> Result<Vec<Extent>, StoreError> {
+        if self.end_atomic(&range).is_err() {
+            // There may be data of it where there is nothing yet.
+            return Ok(vec![Extent { range, kind: Kind::Data }]);
+        }
         match &self.backing {
             None if self.forgets => Ok(extents::walk(&Served(self), self.knowledge, range, limit)),
             None => Ok(extents::walk(&self.file, self.knowledge, range, limit)),
@@ -982,7 +989,10 @@ impl Store for FileStore {
             return Ok(());
         };
         let path = directory.path().display();
-        let found = self.look_beside(directory, true);
+        let found = self.look_beside(directory, false).and_then(|found| {
+            directory.make_last()?;
+            Ok(found)
+        });
         if !go_on() {
             return Err(Cause::Cancelled.into());
         }

@@ -309,6 +309,9 @@ impl From<Cause> for StoreError {
 
 impl From<&io::Error> for Cause {
     fn from(error: &io::Error) -> Self {
+        if error.kind() == io::ErrorKind::OutOfMemory {
+            return Cause::Busy;
+        }
         match error.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => Cause::NoSpace,
             Some(libc::EROFS | libc::EPERM | libc::EACCES | libc::EBADF) => Cause::ReadOnly,
