@@ -50,8 +50,12 @@ fn replaced() -> io::Error {
     io::Error::other("another file has its name now")
 }
 
-/// Removes a file if it is there.
+/// Removes a file if it is there. That is looked at first: a frozen file system has a removal wait, whatever is there.
 fn remove(directory: &File, name: &OsString) -> nix::Result<()> {
+    let found = fstatat(directory, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
+    if matches!(found, Err(Errno::ENOENT)) {
+        return Ok(());
+    }
     match unlinkat(directory, name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
         Err(Errno::ENOENT) => Ok(()),
         other => other,
@@ -148,15 +152,26 @@ impl Directory {
         name
     }
 
-    /// Opens what is kept beside the image under these suffixes. Where nobody else is at it (`alone`), what was begun there
-    /// and never had its name goes. `None` if the image's name is another file's by now: what lies there is not about it.
+    /// Removes what was begun beside the image and never had its name: where nobody else is at it. It is in nobody's way if
+    /// it stays.
+    pub(super) fn remove_unfinished<const N: usize>(self: &Arc<Self>, suffixes: [&'static str; N]) {
+        let _ = self.with_names_once(move |on| {
+            for suffix in suffixes {
+                if !on.is_replaced() {
+                    let _ = remove(&on.file, &on.name_of(&format!("{suffix}{NEW}")));
+                }
+            }
+            Ok(())
+        });
+    }
+
+    /// Opens what is kept beside the image under these suffixes. `None` if the image's name is another file's by now: what lies there is not about it.
     ///
     /// # Errors
     /// If something is there and cannot be opened, or the host has no thread for it.
     pub(super) fn look<const N: usize>(
         self: &Arc<Self>,
         suffixes: [&'static str; N],
-        alone: bool,
     ) -> io::Result<Option<[Option<File>; N]>> {
         self.with_names_once(move |on| {
             if on.is_replaced() {
@@ -165,10 +180,6 @@ impl Directory {
             let mut found = [const { None }; N];
             for (suffix, place) in suffixes.into_iter().zip(&mut found) {
                 let name = on.name_of(suffix);
-                if alone {
-                    // It is in nobody's way if it stays.
-                    let _ = remove(&on.file, &on.name_of(&format!("{suffix}{NEW}")));
-                }
                 *place = match openat(&on.file, name.as_os_str(), LOOK, Mode::empty()) {
                     Ok(file) => Some(file.into()),
                     Err(Errno::ENOENT | Errno::ENAMETOOLONG) => None,
@@ -365,7 +376,10 @@ mod tests {
         fs::write(&left, "secret").unwrap();
         fs::write(folder.path().join("disk.img.kept"), "kept").unwrap();
         for alone in [false, true] {
-            let [kept, other] = directory.look([".kept", ".other"], alone).unwrap().unwrap();
+            if alone {
+                directory.remove_unfinished([".kept", ".other"]);
+            }
+            let [kept, other] = directory.look([".kept", ".other"]).unwrap().unwrap();
             assert_eq!(bytes_of(kept, 3).unwrap(), b"kep");
             assert!(other.is_none());
             assert_eq!(left.exists(), !alone);
@@ -383,7 +397,7 @@ mod tests {
         beside.replace(|file| file.write_all(b"old")).unwrap();
         fs::write(&path, [1; 512]).unwrap();
         fs::write(beside.path(), "another's").unwrap();
-        assert!(directory.look([".kept"], true).unwrap().is_none());
+        assert!(directory.look([".kept"]).unwrap().is_none());
         assert!(!beside.replace(|file| file.write_all(b"new")).unwrap_err().happened);
         beside.remove().unwrap_err();
         assert_eq!(fs::read(beside.path()).unwrap(), b"another's");
@@ -408,6 +422,6 @@ mod tests {
         fs::write(&long, [0; 512]).unwrap();
         let directory = Directory::of(&long, &File::open(&long).unwrap()).unwrap();
         assert_eq!(directory.try_out().unwrap_err().raw_os_error(), Some(libc::ENAMETOOLONG));
-        assert!(directory.look([".kept"], true).unwrap().is_some_and(|[kept]| kept.is_none()));
+        assert!(directory.look([".kept"]).unwrap().is_some_and(|[kept]| kept.is_none()));
     }
 }

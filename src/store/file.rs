@@ -114,6 +114,9 @@ impl std::fmt::Debug for Pool {
     }
 }
 
+/// What is kept beside an image.
+const KEPT: [&str; 2] = [notes::SUFFIX, journal::SUFFIX];
+
 /// Somebody else has come between the name and the file.
 const CHANGED: &str = "changed while it was being opened; try again";
 
@@ -243,14 +246,19 @@ impl FileStore {
                 )
                 .into());
             }
-            // With locks, nobody else is at it.
-            let look = || self.look_beside(&directory, options.locking && writes);
+            let look = || {
+                if options.locking && writes {
+                    // Nobody else is at it.
+                    directory.remove_unfinished(KEPT);
+                }
+                Self::look_beside(&directory)
+            };
             found = surroundings
                 .within(look)
                 .map_err(|e| format!("what lies beside it: {}", plain(&e)))?
                 .ok_or(CHANGED)?;
             if writes {
-                directory.make_last().map_err(|e| format!("its directory: {}", plain(&e)))?;
+                make_names_last(&directory);
             }
         }
         let [noted, journaled] = found;
@@ -298,12 +306,8 @@ impl FileStore {
 
     /// What lies beside the image: notes and the journal; nothing of what is not there. `None` if its name is another
     /// file's by now.
-    fn look_beside(
-        &self,
-        directory: &Arc<Directory>,
-        alone: bool,
-    ) -> io::Result<Option<[Vec<u8>; 2]>> {
-        let found = directory.look([notes::SUFFIX, journal::SUFFIX], alone)?;
+    fn look_beside(directory: &Arc<Directory>) -> io::Result<Option<[Vec<u8>; 2]>> {
+        let found = directory.look(KEPT)?;
         let Some([noted, journaled]) = found else { return Ok(None) };
         let noted = beside::bytes_of(noted, notes::MAX_BYTES)?;
         Ok(Some([noted, beside::bytes_of(journaled, journal::MAX_FILE)?]))
@@ -701,6 +705,16 @@ fn bytes(offset: u64, len: usize) -> Range<u64> {
     offset..offset.saturating_add(len as u64)
 }
 
+/// What one who has died has removed beside an image stays removed.
+fn make_names_last(directory: &Directory) {
+    if let Err(error) = directory.make_last() {
+        let (image, why) = (directory.path().display(), plain(&error));
+        log::warn!(
+            "{image}: its directory cannot be flushed ({why}): what was removed beside it may come back"
+        );
+    }
+}
+
 /// For a file that is only looked at, or whose writes are flushed by who makes them.
 fn unwatched() -> Arc<WriteBack> {
     Arc::new(WriteBack::of(String::new(), 0, None))
@@ -989,13 +1003,12 @@ impl Store for FileStore {
             return Ok(());
         };
         let path = directory.path().display();
-        let found = self.look_beside(directory, false).and_then(|found| {
-            directory.make_last()?;
-            Ok(found)
-        });
+        let found = Self::look_beside(directory);
+        make_names_last(directory);
         if !go_on() {
             return Err(Cause::Cancelled.into());
         }
+        directory.remove_unfinished(KEPT);
         let taken = found.and_then(|found| {
             let Some([noted, journaled]) = found else {
                 log::warn!("{path}: has lost its name to another file: nothing is kept beside it");
