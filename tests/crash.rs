@@ -265,6 +265,34 @@ fn what_cannot_be_done_twice_is_not() {
     answers[1].expect_response(response::ABORTED);
 }
 
+/// A disk that was being formatted when the daemon died is formatted to its end, and not once more for the command that was
+/// left in flight: somebody else may have written to it meanwhile.
+#[test]
+fn a_format_is_not_begun_again() {
+    for (cdb, list) in [(cdb::format_unit(0), vec![]), (cdb::sanitize(1, 5), vec![1, 0, 0, 1, 0])] {
+        let scratch = Scratch::new();
+        let disk = scratch.image("disk.img", MIB);
+        let start = |options: &str| Daemon::builder(&scratch).disk(&disk, options).ports(2).spawn();
+        let mut served = start("fault=any:delay-ms-300");
+        let mut fe = FrontEnd::builder().inflight().connect(&served);
+        let lun = fe.ready_lun(0, 0);
+        let erase = lun.submit(&lun.request(cdb).data_out(list));
+        let noted = format!("{}.thinlun", disk.display());
+        eventually("it is noted", || std::path::Path::new(&noted).exists());
+        served.kill();
+        served = start("");
+        let other = FrontEnd::builder().connect_to(&served, 1);
+        let theirs = other.lun(0, 0);
+        eventually("it has ended", || theirs.run(cdb::test_unit_ready()).is_good());
+        let data = blocks(8, 8, 512, 1);
+        theirs.run_out(cdb::write16(8, 8), &data).expect_good();
+        fe.reconnect(&served);
+        fe.wait(erase).expect_response(response::ABORTED);
+        let after = theirs.run_in(cdb::read16(8, 8), 4096).expect_good();
+        assert_same(after.data(), &data, "what was written since");
+    }
+}
+
 /// Firmware that was reading when the daemon was restarted gets its data: it would not ask again. The first command
 /// that is given after that is told what has happened, on each logical unit.
 #[test]

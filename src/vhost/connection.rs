@@ -149,10 +149,10 @@ impl Connection {
                 worker.give_up(leave);
             }
         }
-        for index in 0..self.rings.len() {
-            self.stop(index);
-        }
+        let served = (0..self.rings.len()).filter(|index| self.drain(*index)).count();
+        // Before another process can have the disks.
         self.device.target.end_nexus(&self.nexus);
+        (0..served).for_each(|_| self.device.target.end_service());
     }
 
     fn ring(&mut self, index: impl TryInto<usize>) -> Result<(usize, &mut RingState)> {
@@ -167,12 +167,19 @@ impl Connection {
 
     /// Stops a ring; nothing of it is in flight afterwards.
     fn stop(&mut self, index: usize) {
-        let Some(ring) = self.rings.get_mut(index) else { return };
-        let Some(worker) = ring.worker.take() else { return };
+        if self.drain(index) {
+            self.device.target.end_service();
+        }
+    }
+
+    /// The same, but for the end of its service; says whether it ran.
+    fn drain(&mut self, index: usize) -> bool {
+        let Some(ring) = self.rings.get_mut(index) else { return false };
+        let Some(worker) = ring.worker.take() else { return false };
         if let Some(ended) = worker.join() {
             ring.base = Some(ended.next_avail);
         }
-        self.device.target.end_service();
+        true
     }
 
     /// Starts a ring that has everything it needs.
@@ -482,7 +489,7 @@ impl VhostUserBackendReqHandlerMut for Connection {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let (at, _) = self.ring(index)?;
-        self.stop(at);
+        let served = self.drain(at);
         self.queues.forget(at);
         let (_, ring) = self.ring(index)?;
         let base = ring.base.unwrap_or(0);
@@ -490,6 +497,9 @@ impl VhostUserBackendReqHandlerMut for Connection {
         if self.rings.iter().skip(FIXED_QUEUES).all(|ring| ring.worker.is_none()) {
             // The guest is stopped, or goes on elsewhere.
             self.device.target.end_nexus(&self.nexus);
+        }
+        if served {
+            self.device.target.end_service();
         }
         Ok(VhostUserVringState::new(index, base.into()))
     }
