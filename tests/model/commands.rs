@@ -180,6 +180,8 @@ pub struct Background {
     pub since: Time,
     pub answered: Time,
     pub needs: Vec<Need>,
+    /// As of the command.
+    pub kept_from: Vec<usize>,
 }
 
 /// A format or sanitize operation whose end is not known.

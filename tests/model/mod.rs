@@ -287,7 +287,11 @@ impl Model {
         for (n, values) in values.into_iter().enumerate() {
             let block = &mut self.disks[area.disk][area.lba + n];
             match block.iter_mut().find(|version| version.by == Some(id)) {
-                Some(version) => version.ended = None,
+                Some(version) => {
+                    version.ended = None;
+                    // What it found while it was kept from writing it may write now.
+                    version.values.extend(values.iter().copied());
+                }
                 None => {
                     let values = values.clone();
                     block.push(Version { by: Some(id), values, began, ended: None });

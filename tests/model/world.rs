@@ -554,9 +554,18 @@ impl World {
                 }
             }
             Kind::Copy { list, background: true } if how == Ending::Done => {
-                let Outstanding { id, guest, lun, since, needs, .. } = one;
                 let (list, answered) = (*list, self.model.now());
-                self.background.push(Background { id, guest, lun, list, since, answered, needs });
+                let Outstanding { id, guest, lun, since, needs, kept_from, .. } = one;
+                self.background.push(Background {
+                    id,
+                    guest,
+                    lun,
+                    list,
+                    since,
+                    answered,
+                    needs,
+                    kept_from,
+                });
                 // It has not ended.
                 return;
             }
@@ -690,19 +699,16 @@ impl World {
                 all.push(state);
             }
         });
-        for copy in &mut self.background {
-            let guest = copy.guest;
-            copy.needs.iter_mut().filter(|n| n.lun == lun).for_each(|n| n.meet(guest, &all));
-        }
-        for one in self.out.values_mut() {
-            let guest = one.guest;
-            for need in one.needs.iter_mut().filter(|need| need.lun == lun) {
-                need.meet(guest, &all);
-            }
+        let commands =
+            self.out.values_mut().map(|o| (o.id, o.guest, &mut o.needs, &mut o.kept_from));
+        let copies =
+            self.background.iter_mut().map(|c| (c.id, c.guest, &mut c.needs, &mut c.kept_from));
+        for (id, guest, needs, kept_from) in commands.chain(copies) {
+            needs.iter_mut().filter(|need| need.lun == lun).for_each(|n| n.meet(guest, &all));
             let may = all.iter().any(|state| !state.forbids(guest, Access::Write));
-            if may && one.kept_from.contains(&lun) {
-                one.kept_from.clear();
-                self.model.goes_on(one.id);
+            if may && kept_from.contains(&lun) {
+                kept_from.clear();
+                self.model.goes_on(id);
             }
         }
         self.disks[lun].reserved = all;
