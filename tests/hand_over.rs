@@ -11,7 +11,7 @@ use frontend::daemon::{Scratch, host_read};
 use frontend::pattern::assert_same;
 use frontend::scsi::{sense, status};
 use frontend::*;
-use mounts::{Hang, Hanging};
+use mounts::{Hang, Hanging, LoopDevice};
 
 const FORMAT_IN_PROGRESS: sense::Code = (2, 4, 4);
 const SANITIZE_IN_PROGRESS: sense::Code = (2, 4, 0x1b);
@@ -544,4 +544,54 @@ fn a_host_that_hangs_keeps_nobody_else_waiting() {
     take_attentions(&lun);
     eventually("the disk can be used", || lun.run(cdb::test_unit_ready()).is_good());
     assert_eq!(lun.run_in(cdb::read16(0, 1), 512).expect_good().data(), [7; 512]);
+}
+
+/// Nothing can be kept beside a block device, and where it is not locked another process may serve it next: what it could not
+/// be told of is not begun in the background, and what stopped is not gone on with over what it has written.
+#[test]
+fn an_operation_that_cannot_be_noted_is_not_left_to_itself() {
+    let Some(device) = LoopDevice::new(SIZE / MIB) else { return };
+    let scratch = Scratch::new();
+    let daemon = |name: &str, options: &str| {
+        let socket = scratch.join(name);
+        Daemon::builder(&scratch).socket(socket).disk(&device.device, options).spawn()
+    };
+    {
+        // Alone with it: this process goes on.
+        let source = daemon("alone.sock", SLOW);
+        let fe = FrontEnd::connect(&source);
+        overwrite(&fe.ready_lun(0, 0), 1, 0x5a);
+        fe.stop();
+        fe.start();
+        wait_until_ready(&fe.lun(0, 0), SANITIZE_IN_PROGRESS);
+        assert!(source.log().contains("goes on"), "{}", source.log());
+    }
+    let source = daemon("source.sock", &format!("locking=off,{SLOW}"));
+    let fe = FrontEnd::connect(&source);
+    let lun = fe.ready_lun(0, 0);
+    let immediate = lun.run_out(cdb::sanitize(IMMED | OVERWRITE, 5), &[1, 0, 0, 1, 0xa5]);
+    immediate.expect_sense((5, 0x24, 0));
+    lun.run_out(cdb::format_unit(0x10), &[0, 2, 0, 0]).expect_sense((5, 0x26, 0));
+    let request = lun.request(cdb::sanitize(OVERWRITE, 5)).data_out(vec![1, 0, 0, 1, 0xa5]);
+    fe.submit(FIRST_REQUEST_QUEUE, &request);
+    eventually("it has begun", || device_holds(&device.device, 0xa5));
+    // Its guest dies, and comes back after it was at another host.
+    drop(fe);
+    let elsewhere = daemon("elsewhere.sock", "locking=off");
+    let fe = FrontEnd::connect(&elsewhere);
+    let lun = fe.ready_lun(0, 0);
+    lun.write16(SIZE / 512 - 8, &[7; 4096]);
+    lun.synchronize_cache();
+    drop(fe);
+    let fe = FrontEnd::connect(&source);
+    let lun = fe.lun(0, 0);
+    take_attentions(&lun);
+    lun.run(cdb::test_unit_ready()).expect_sense((3, 0x31, 3));
+    assert!(source.log().contains("must be repeated"), "{}", source.log());
+    assert_eq!(host_read(&device.device, SIZE - 4096, 4096), [7; 4096]);
+}
+
+/// Whether any of the blocks behind the first of a device is filled with a byte.
+fn device_holds(device: &Path, byte: u8) -> bool {
+    host_read(device, MIB, 4096) == [byte; 4096]
 }

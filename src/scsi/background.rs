@@ -335,6 +335,12 @@ fn find_out(lun: &Arc<Lun>) {
     resume(lun);
 }
 
+/// Whether an operation can be left to itself: whoever serves the disk next goes on with it. Where another process may be the
+/// next, and nothing can be noted for it, nobody would.
+pub fn is_remembered(lun: &Lun) -> bool {
+    !lun.store().capabilities().unlocked || lun.store().notes().survive()
+}
+
 /// Starts an operation, which is noted before anything happens. Blocks for the note. `first` comes before it on its thread,
 /// when the disk takes no commands any more.
 ///
@@ -406,6 +412,15 @@ fn resume(lun: &Arc<Lun>) {
     };
     let (runs, operation) = Operation::decode(&noted, lun.block_size());
     let work = operation.work.clone();
+    if runs && !is_remembered(lun) {
+        // Another process may have served the disk, and have written to it, since.
+        log::error!(
+            "{serial}: {} does not go on: others may have served the disk meanwhile, and nothing can be noted for them; \
+             it must be repeated",
+            work.name()
+        );
+        return background.become_state(State::Failed(work));
+    }
     match operation.mark.as_ref().map(|mark| mark.is_in(lun)) {
         None | Some(Ok(true)) => {}
         Some(Ok(false)) => {
@@ -575,7 +590,8 @@ impl Mark {
     fn is_in(&self, lun: &Lun) -> Result<bool, StoreError> {
         let expected = self.block(lun);
         let found = Buffers::zeroed(expected.len()).ok_or(Cause::Busy)?;
-        lun.store().read(0, &found)?;
+        // Of the medium, as another host may have written it.
+        lun.store().read_medium(0, &found)?;
         Ok(found.to_vec(expected.len()) == expected)
     }
 }

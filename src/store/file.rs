@@ -327,7 +327,8 @@ impl FileStore {
             adopt: self.adopt,
             read_only: self.capabilities.read_only,
             size: self.size_bytes()?,
-            read: &|at, into| self.read(at, into).map_err(host),
+            // Of the medium, as another host may have written it.
+            read: &|at, into| self.read_medium(at, into).map_err(host),
             write: &|at, from| self.write_stable(at, from).map_err(host),
         })
     }
@@ -393,6 +394,7 @@ impl FileStore {
             snapshots: shares && !options.read_only,
             shares_whole_extents: sys::shares_whole_extents(&file),
             transfer_align,
+            unlocked: !options.locking,
             in_memory: !options.direct && sys::is_in_memory(&file),
             device: device(&file, block_device).map_err(|e| plain(&e))?,
             ways: format!(

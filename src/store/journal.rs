@@ -87,9 +87,11 @@ pub(super) struct Image<'a> {
 pub(super) struct Journal {
     beside: Beside,
     image: Identity,
-    /// Held while a write is made. The range of one that has failed halfway, or that may still be found in the journal:
-    /// nobody uses it before that write is made again and the journal gone, else the next start would write old bytes
-    /// over newer ones.
+    /// Held while a write is made.
+    writing: Mutex<()>,
+    /// The range of one that has failed halfway, or that may still be found in the journal: nobody uses it before that
+    /// write is made again and the journal gone, else the next start would write old bytes over newer ones. Changed by who
+    /// writes; who looks at it does not wait for the host.
     unfinished: Mutex<Option<Range<u64>>>,
     /// Whether there is such a range.
     is_unfinished: AtomicBool,
@@ -151,7 +153,8 @@ impl Journal {
     pub(super) fn of(directory: &Arc<Directory>, image: Identity) -> Self {
         let beside = Beside::of(directory, SUFFIX);
         let no = || AtomicBool::new(false);
-        Journal { beside, image, unfinished: Mutex::default(), is_unfinished: no(), left: no() }
+        let (writing, unfinished) = (Mutex::default(), Mutex::default());
+        Journal { beside, image, writing, unfinished, is_unfinished: no(), left: no() }
     }
 
     /// Has the write that was not finished, if there is one in the file, made again. Of an image that is written to.
@@ -159,11 +162,14 @@ impl Journal {
     /// # Errors
     /// If it cannot be made, is none of ours, or is about another image; then it is there still.
     pub(super) fn recover(&self, file: &[u8], image: &Image<'_>) -> io::Result<()> {
-        let mut unfinished = self.unfinished();
-        self.left.store(false, Ordering::Release);
-        self.finished(&mut unfinished);
+        let _alone = self.alone();
         match look(file, image)? {
-            Found::Nothing => return Ok(()),
+            // Whatever this process has left there, another has taken away.
+            Found::Nothing => {
+                self.left.store(false, Ordering::Release);
+                self.set_unfinished(None);
+                return Ok(());
+            }
             Found::Void => {
                 let file = self.beside.path();
                 log::info!("{}: nothing of it is in the image: it goes", file.display());
@@ -175,7 +181,9 @@ impl Journal {
                 log::info!("a write that the host did not finish was made again ({len} bytes)");
             }
         }
-        self.discard()
+        self.discard()?;
+        self.set_unfinished(None);
+        Ok(())
     }
 
     /// Whether a write has failed halfway.
@@ -184,13 +192,18 @@ impl Journal {
         self.is_unfinished.load(Ordering::Acquire)
     }
 
-    fn unfinished(&self) -> MutexGuard<'_, Option<Range<u64>>> {
-        self.unfinished.lock().unwrap_or_else(PoisonError::into_inner)
+    fn alone(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn finished(&self, unfinished: &mut Option<Range<u64>>) {
-        self.is_unfinished.store(false, Ordering::Release);
-        *unfinished = None;
+    fn unfinished(&self) -> Option<Range<u64>> {
+        self.unfinished.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_unfinished(&self, range: Option<Range<u64>>) {
+        let mut unfinished = self.unfinished.lock().unwrap_or_else(PoisonError::into_inner);
+        self.is_unfinished.store(range.is_some(), Ordering::Release);
+        *unfinished = range;
     }
 
     /// Before somebody uses a range: if a write to it has failed halfway, it is made again, by `write`, which has it reach
@@ -203,24 +216,23 @@ impl Journal {
         range: &Range<u64>,
         write: impl Fn(u64, &Buffers) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        if !self.is_unfinished() {
+        let concerned = || {
+            let overlaps = |other: &Range<u64>| other.start < range.end && range.start < other.end;
+            self.is_unfinished() && self.unfinished().as_ref().is_some_and(overlaps)
+        };
+        if !concerned() {
             return Ok(());
         }
-        let mut unfinished = self.unfinished();
-        match &*unfinished {
-            Some(other) if other.start < range.end && range.start < other.end => {
-                self.finish_that(&mut unfinished, write)
-            }
-            _ => Ok(()),
-        }
+        let _alone = self.alone();
+        if concerned() { self.finish_that(write) } else { Ok(()) }
     }
 
+    /// Makes the write that has failed halfway again, if there is one. By who is alone.
     fn finish_that(
         &self,
-        unfinished: &mut Option<Range<u64>>,
         write: impl Fn(u64, &Buffers) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        let Some(start) = unfinished.as_ref().map(|range| range.start) else { return Ok(()) };
+        let Some(start) = self.unfinished().map(|range| range.start) else { return Ok(()) };
         let kept = |e: io::Error| StoreError::at(Cause::from(&e), start);
         // It is the one that this process has put there, or none: it may have been removed before, but not so that a
         // crash would not bring it back.
@@ -231,7 +243,7 @@ impl Journal {
             log::info!("the write of {} bytes at {offset} has been made after all", data.len());
         }
         self.discard().map_err(kept)?;
-        self.finished(unfinished);
+        self.set_unfinished(None);
         Ok(())
     }
 
@@ -247,16 +259,15 @@ impl Journal {
         read: impl Fn(u64, &Buffers) -> Result<(), StoreError>,
         write: impl Fn(u64, &Buffers) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        let mut unfinished = self.unfinished();
-        self.finish_that(&mut unfinished, &write)?;
-        let mut leave = |error| {
+        let _alone = self.alone();
+        self.finish_that(&write)?;
+        let leave = |error| {
             log::error!(
                 "a write of {} bytes at {offset} that is to be whole or not begun has failed halfway ({error}): nobody \
                  gets at these blocks before it is made again",
                 from.len()
             );
-            *unfinished = Some(offset..offset.saturating_add(from.len() as u64));
-            self.is_unfinished.store(true, Ordering::Release);
+            self.set_unfinished(Some(offset..offset.saturating_add(from.len() as u64)));
             error
         };
         let kept = |e: io::Error| StoreError::at(Cause::from(&e), offset);
@@ -285,7 +296,7 @@ impl Journal {
         // What may have been left there is no more.
         self.left.store(false, Ordering::Release);
         // Once more: the journal has all of it, and the old bytes are gone.
-        write(offset, from).or_else(|_| write(offset, from)).map_err(&mut leave)?;
+        write(offset, from).or_else(|_| write(offset, from)).map_err(leave)?;
         self.discard().map_err(kept).map_err(leave)
     }
 
@@ -322,11 +333,11 @@ impl Journal {
         if !self.is_left() {
             return Ok(());
         }
-        let mut unfinished = self.unfinished();
+        let _alone = self.alone();
         if self.is_left() {
             // Its write was made, or refused.
             self.discard()?;
-            self.finished(&mut unfinished);
+            self.set_unfinished(None);
         }
         Ok(())
     }
@@ -748,5 +759,66 @@ mod tests {
         journal.write(512, &data(6), read, half).unwrap_err();
         disk.find(&fs::read(&disk.file).unwrap(), false, false).unwrap();
         assert!(holds(512, 6) && !there());
+    }
+
+    /// Its blocks are nobody's as long as it is not known whether it has been made.
+    #[test]
+    fn what_cannot_be_recovered_is_still_unfinished() {
+        let disk = Disk::new();
+        let (image, journal) = (open(&disk.path), disk.journal());
+        let eio = StoreError::at(Cause::Medium, 512);
+        let half = |offset, data: &Buffers| {
+            image.write_all_at(&data.to_vec(512), offset).unwrap();
+            Err(eio)
+        };
+        let data = Buffers::copy_of(&[2; 1024]).unwrap();
+        journal.write(512, &data, |_, _| Ok(()), half).unwrap_err();
+        let identity = Identity::of(&image).unwrap();
+        let size = SIZE as u64;
+        let read = |_: u64, _: &Buffers| Err(ErrorKind::Other.into());
+        let recover = |write: &dyn Fn(u64, &Buffers) -> io::Result<()>| {
+            let (adopt, read_only) = (false, false);
+            let found = Image { identity: &identity, adopt, read_only, size, read: &read, write };
+            journal.recover(&fs::read(&disk.file).unwrap_or_default(), &found)
+        };
+        recover(&|_, _| Err(ErrorKind::Other.into())).unwrap_err();
+        assert!(journal.is_unfinished());
+        assert_eq!(journal.finish(&(512..1024), half), Err(eio));
+        recover(&|at, data| image.write_all_at(&data.to_vec(data.len()), at)).unwrap();
+        assert!(!journal.is_unfinished() && !disk.file.exists());
+        disk.assert_holds(512, 1536, 2);
+        // Another process has made it.
+        journal.write(512, &data, |_, _| Ok(()), half).unwrap_err();
+        fs::remove_file(&disk.file).unwrap();
+        recover(&|_, _| panic!("there is nothing")).unwrap();
+        assert!(!journal.is_unfinished());
+    }
+
+    /// A host that hangs with one write holds up nobody who wants other blocks.
+    #[test]
+    fn who_wants_other_blocks_does_not_wait() {
+        let disk = Disk::new();
+        let journal = Arc::new(disk.journal());
+        let failed = |at: u64, _: &Buffers| Err(StoreError::at(Cause::Medium, at));
+        let data = Buffers::copy_of(&[2; 1024]).unwrap();
+        journal.write(512, &data, |_, _| Ok(()), failed).unwrap_err();
+        let (hangs, is_hung) = std::sync::mpsc::channel();
+        let (heal, healed) = std::sync::mpsc::channel::<()>();
+        let one = Arc::clone(&journal);
+        let hung = std::thread::spawn(move || {
+            one.finish(&(512..1024), |_, _| {
+                hangs.send(()).unwrap();
+                healed.recv().map_err(|_| Cause::Medium.into())
+            })
+        });
+        is_hung.recv().unwrap();
+        let (done, is_done) = std::sync::mpsc::channel();
+        let other = Arc::clone(&journal);
+        std::thread::spawn(move || done.send(other.finish(&(2048..4096), |_, _| Ok(()))));
+        let seen = is_done.recv_timeout(std::time::Duration::from_secs(20));
+        heal.send(()).unwrap();
+        hung.join().unwrap().unwrap();
+        assert_eq!(seen, Ok(Ok(())));
+        assert!(!journal.is_unfinished());
     }
 }

@@ -36,6 +36,7 @@ impl MemStore {
             snapshots: false,
             shares_whole_extents: false,
             transfer_align: 1,
+            unlocked: false,
             in_memory: true,
             device: u64::MAX,
             ways: "memory".into(),

@@ -255,6 +255,8 @@ pub struct Capabilities {
     pub shares_whole_extents: bool,
     /// Offsets and lengths of transfers must be multiples of this (1 without O_DIRECT).
     pub transfer_align: u32,
+    /// It is not locked: another process may serve it before, after and beside this one.
+    pub unlocked: bool,
     /// Everything is in memory: nothing that is done at once waits for anything.
     pub in_memory: bool,
     /// The device number of the file system it lies on (`st_dev`), or its own if it is a block device.

@@ -81,6 +81,9 @@ fn parse(
         return wrong(defects_at, None);
     }
     let immediate = flags & IMMED != 0;
+    if immediate && !background::is_remembered(lun) {
+        return wrong(1, Some(1));
+    }
     if flags & IP == 0 {
         return Ok((default, immediate, header));
     }

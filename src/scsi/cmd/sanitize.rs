@@ -90,6 +90,9 @@ fn start(
 ) -> Result<Reply, ScsiError> {
     let flags = context.request.cdb.byte(1);
     let (immediate, unrestricted_exit) = (flags & IMMED != 0, flags & AUSE != 0);
+    if immediate && !background::is_remembered(context.lun) {
+        return Err(ScsiError::cdb_field(1, 7));
+    }
     let (target, lun) = (Arc::clone(context.target), Arc::clone(context.lun));
     let work = Work::Sanitize { fill, passes, invert, unrestricted_exit };
     Ok(Reply::Job(Box::new(move |cancel| {
