@@ -535,6 +535,11 @@ fn a_host_that_hangs_keeps_nobody_else_waiting() {
     take_attentions(&lun);
     assert_eq!(lun.run_in(cdb::read16(0, 1), 512).status, status::BUSY);
     assert_eq!(lun.run(cdb::format_unit(0)).status, status::BUSY);
+    // Nor is told what was noted before.
+    let mode_sense = Cdb::from_slice(&[0x1a, 8, 8, 0, 64, 0]);
+    for cdb in [cdb::persistent_reserve_in(0, 64), mode_sense] {
+        assert_eq!(lun.run_in(cdb, 64).status, status::BUSY);
+    }
     // It goes, and the next one comes.
     drop(fe);
     let fe = FrontEnd::connect(&daemon);

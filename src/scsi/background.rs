@@ -168,15 +168,16 @@ impl Background {
         }
     }
 
-    /// BUSY while it is not known what is noted, reservations among it.
+    /// BUSY while it is not known what is noted: registrations, mode pages and names among it, which are not to be told as
+    /// they were before another process served the disk.
     ///
     /// # Errors
     /// Then.
     #[inline]
-    pub fn check_known(&self, tolerance: Tolerance) -> Result<(), ScsiError> {
+    pub fn check_known(&self) -> Result<(), ScsiError> {
         match self.occupied.load(Ordering::Acquire) {
-            true if tolerance != Tolerance::Always => self.check_unknown(),
-            _ => Ok(()),
+            false => Ok(()),
+            true => self.check_unknown(),
         }
     }
 

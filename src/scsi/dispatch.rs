@@ -112,7 +112,9 @@ fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command
         return Err(ScsiError::Check(error));
     }
     let command = command?;
-    lun.background().check_known(command.tolerance())?;
+    if !command.exempt_from_attention {
+        lun.background().check_known()?;
+    }
     lun.reservations().check(nexus.port(), command.conflict, &request.cdb)?;
     if request.again && command.once {
         // Nobody can tell what became of it; the initiator has to look.
