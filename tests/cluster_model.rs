@@ -398,8 +398,9 @@ impl World {
         let cdb = cdb::write_using_token(data.len() as u32).be32(6, list);
         let name = if background { "WRITE USING TOKEN, IMMED" } else { "WRITE USING TOKEN" };
         let mut command = Command::new(target.disk, name, Access::Write, cdb).data(data);
+        // A token does not outlive the right to read its disk, wherever its bytes are.
+        command = command.needs(source, Access::Read);
         if by_reference {
-            command = command.needs(source, Access::Read);
             let mut lba = target.lba;
             for (n, range) in ranges.iter().enumerate() {
                 let part = Area { disk: target.disk, lba, blocks: range.blocks };
