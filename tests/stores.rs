@@ -6,8 +6,10 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use mounts::{ALL, Kind as FileSystem, LoopDevice, Mount, skipped};
+use mounts::fuse::{Fuse, Lie};
+use mounts::{ALL, FLAVOURS, Kind as FileSystem, LoopDevice, Mount, skipped};
 use nix::fcntl::{FallocateFlags, fallocate};
+use thinlun::store::copy::{Copy, Holes};
 use thinlun::store::file::{FileStore, OpenOptionsFor};
 use thinlun::store::mem::MemStore;
 use thinlun::store::{Buffers, Cause, Durability, Extent, Kind, Store, StoreError};
@@ -110,6 +112,8 @@ fn space_operations_show(name: &str, store: &dyn Store) {
     store.write(0, &buffer(&vec![3; SIZE], 0), Durability::Stable).unwrap();
     if can.deallocates {
         store.deallocate(range.clone()).unwrap();
+    }
+    if can.deallocates && !can.ways.contains("extents=none") {
         assert!(store.extents(around.clone(), 9).unwrap().contains(&at(Kind::Hole)), "{name}");
     }
     if can.reserves {
@@ -174,6 +178,98 @@ fn fresh_file(path: &Path, size: u64) {
 #[test]
 fn memory() {
     contract("memory", &MemStore::new(SIZE as u64));
+}
+
+/// File systems that are not as mkfs makes them. Whatever a host can do there, nothing that it says may be a lie.
+#[test]
+fn files_on_other_file_systems() {
+    for flavour in &FLAVOURS {
+        let name = flavour.name;
+        let Some(mount) = Mount::of_flavour(flavour, 512) else { continue };
+        let path = mount.path().join("disk.img");
+        for direct in [false, true] {
+            fresh_file(&path, SIZE as u64);
+            let before = path.metadata().unwrap().blocks();
+            match FileStore::open(&path, &options(direct)) {
+                Ok(store) => {
+                    let can = store.capabilities();
+                    eprintln!("{name}, direct={direct}: {}", can.ways);
+                    assert_eq!(
+                        path.metadata().unwrap().blocks(),
+                        before,
+                        "{name}: opening changed it"
+                    );
+                    let name = format!("{name}, direct={direct}");
+                    contract(&name, &store);
+                    copies_copy(&name, &store);
+                }
+                Err(why) if direct => eprintln!("{name}: no O_DIRECT: {}", why.0),
+                Err(why) => panic!("{name}: {why:?}"),
+            }
+        }
+    }
+}
+
+/// Servers that do what they say, by halves, or not at all: what cannot be had is offered less, and nothing is a lie.
+#[test]
+fn files_on_fuse() {
+    let servers = [
+        (false, None, ("seek", "punch")),
+        (true, None, ("flushed first", "punch")),
+        (false, Some(Lie::Fallocate), ("seek", "write")),
+        (false, Some(Lie::Size), ("seek", "write")),
+        (false, Some(Lie::Holes), ("none", "punch")),
+        (true, Some(Lie::Holes), ("none", "punch")),
+        (false, Some(Lie::Copies), ("seek", "punch")),
+    ];
+    for (writeback, lie, (extents, unmap)) in servers {
+        let Some(fuse) = Fuse::new(writeback) else { return };
+        if let Some(lie) = lie {
+            fuse.lie(lie);
+        }
+        let name = format!("FUSE, writeback={writeback}, {lie:?}");
+        let path = fuse.path().join("disk.img");
+        fresh_file(&path, SIZE as u64);
+        let store = FileStore::open(&path, &options(false)).unwrap();
+        let ways = store.capabilities().ways.clone();
+        assert!(
+            ways.contains(extents) && ways.contains(&format!("unmap={unmap}")),
+            "{name}: {ways}"
+        );
+        assert_eq!(store.capabilities().deallocates, unmap == "punch", "{name}");
+        contract(&name, &store);
+        copies_copy(&name, &store);
+        drop(store);
+        let mut left: Vec<_> = std::fs::read_dir(fuse.behind()).unwrap().flatten().collect();
+        left.retain(|entry| entry.file_name() != "disk.img");
+        assert!(left.is_empty(), "{name}: {left:?}");
+        assert_eq!(path.metadata().unwrap().len(), SIZE as u64, "{name}");
+    }
+    let Some(fuse) = Fuse::new(false) else { return };
+    fuse.refuse();
+    let path = fuse.path().join("disk.img");
+    fresh_file(&path, SIZE as u64);
+    let store = FileStore::open(&path, &options(false)).unwrap();
+    contract("FUSE that refuses", &store);
+    copies_copy("FUSE that refuses", &store);
+}
+
+/// Data, holes and what is fresh, within a store.
+fn copies_copy(name: &str, store: &dyn Store) {
+    let half = SIZE / 2;
+    store.deallocate(0..SIZE as u64).unwrap();
+    store.flush().unwrap();
+    let mut bytes = vec![0; half];
+    let mut dice = Dice(0xc0de);
+    for _ in 0..20 {
+        let (at, len) = (dice.below(half / BLOCK - 100) * BLOCK, (1 + dice.below(99)) * BLOCK);
+        bytes[at..at + len].copy_from_slice(&dice.bytes(len));
+        store.write(at as u64, &buffer(&bytes[at..at + len], 0), Durability::Cached).unwrap();
+    }
+    let mut go_on = |_| true;
+    let mut copy = Copy::new(store, store, Holes::Stay, &mut go_on);
+    copy.run(0..half as u64, half as u64).unwrap();
+    assert_holds(name, store, &bytes, half, 0, false);
 }
 
 fn files_on(kind: FileSystem) {

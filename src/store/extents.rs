@@ -24,6 +24,7 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use super::fiemap::{self, Mapped};
+use super::trial::Seek;
 
 /// What a run of bytes is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +139,8 @@ fn seek(file: &File, at: u64, whence: Whence) -> io::Result<Option<u64>> {
 pub struct Knowledge {
     /// lseek tells data from holes.
     pub seek: bool,
+    /// It does so once what was written is flushed.
+    pub when_flushed: bool,
     /// FIEMAP tells what has space.
     pub fiemap: bool,
     /// Space that was not written is told as reserved, not as data: for files of which space can be reserved.
@@ -151,15 +154,23 @@ impl std::fmt::Display for Knowledge {
             (true, true) => "fiemap+seek(reserved space is told as data)",
             (true, false) => "seek(reserved space is told as a hole)",
             (false, _) => "none(everything is told as data)",
-        })
+        })?;
+        f.write_str(if self.when_flushed { "(flushed first)" } else { "" })
     }
 }
 
 impl Knowledge {
-    /// Tries both calls on the file.
-    pub(super) fn probe(host: &impl Host) -> Self {
+    /// Tries both calls on the file, of which it is known what lseek sees.
+    pub(super) fn probe(host: &impl Host, seek: Seek) -> Self {
         let fiemap = host.mapped(0..1, 1).is_ok();
-        Knowledge { seek: host.next_data(0).is_ok(), fiemap, reserved: false }
+        let seeks = seek != Seek::Lies && host.next_data(0).is_ok();
+        let when_flushed = seeks && seek == Seek::SeesWhatIsFlushed;
+        Knowledge { seek: seeks, when_flushed, fiemap, reserved: false }
+    }
+
+    /// Whether lseek tells data from holes at any time.
+    fn seeks_at_once(self) -> bool {
+        self.seek && !self.when_flushed
     }
 }
 
@@ -205,10 +216,10 @@ pub(super) fn without_empty_ends(
     let Range { mut start, mut end } = range;
     let is_empty = |at: u64| matches!(host.next_data(at), Ok(data) if data.is_none_or(|data| data >= at + block));
     let (head, tail) = (start % block, end % block);
-    if knows.seek && head != 0 && is_empty(start - head) {
+    if knows.seeks_at_once() && head != 0 && is_empty(start - head) {
         start = end.min(start - head + block);
     }
-    if knows.seek && tail != 0 && start < end && is_empty(end - tail) {
+    if knows.seeks_at_once() && tail != 0 && start < end && is_empty(end - tail) {
         end = start.max(end - tail);
     }
     start..end
@@ -447,9 +458,12 @@ mod tests {
             .collect()
     }
 
-    const BOTH: Knowledge = Knowledge { seek: true, fiemap: true, reserved: true };
-    const SEEK: Knowledge = Knowledge { seek: true, fiemap: false, reserved: true };
-    const NEITHER: Knowledge = Knowledge { seek: false, fiemap: true, reserved: true };
+    const BOTH: Knowledge =
+        Knowledge { seek: true, when_flushed: false, fiemap: true, reserved: true };
+    const SEEK: Knowledge =
+        Knowledge { seek: true, when_flushed: false, fiemap: false, reserved: true };
+    const NEITHER: Knowledge =
+        Knowledge { seek: false, when_flushed: false, fiemap: true, reserved: true };
 
     #[test]
     fn fresh_data_in_unwritten_extents_is_data() {

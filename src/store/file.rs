@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -24,6 +24,7 @@ use super::lock::{LockError, lock_image_soon};
 use super::loop_device::BackingFile;
 use super::space::{self, DEALLOCATE, Ladder, RESERVE};
 use super::sys::FileSystem;
+use super::trial::Verdict;
 use super::{
     Buffers, Capabilities, Cause, Durability, Extent, Hold, Kind, Notes, Operation, Piece, Pool,
     RingFile, Snapshot, Space, Store, StoreError, WriteBack, notes, sys,
@@ -96,6 +97,8 @@ pub struct FileStore {
     forgets: bool,
     deallocate: Ladder,
     reserve: Ladder,
+    /// What its host does as it says.
+    verdict: Arc<Verdict>,
     notes: Notes,
     /// For writes that are whole or not begun, where something can be kept beside it: not where it is only read, nor
     /// beside a block device.
@@ -362,21 +365,33 @@ impl FileStore {
             if options.direct { direct_alignment(&file, options.block_size)? } else { (1, 1) };
         let host_block = host_block(&file, block_device).map_err(|e| plain(&e))?;
         let backing = if block_device { BackingFile::of(&file) } else { None };
+        let name = real_name(path).ok().filter(|_| !block_device);
+        let folder = name.as_deref().and_then(Path::parent).filter(|_| !options.read_only);
+        let verdict = match folder {
+            Some(folder) => Verdict::of(&file, folder, host_block.into()),
+            // Nothing is made beside what is only read.
+            None => Arc::new(Verdict::untried(&file)),
+        };
         let mut knowledge = match &backing {
             Some(backing) => backing.knowledge(),
-            None => Knowledge::probe(&file),
+            None => Knowledge::probe(&file, verdict.seek),
         };
-        let (deallocate, reserve) = (Ladder::new(DEALLOCATE), Ladder::new(RESERVE));
-        let probed = !options.read_only
-            && !block_device
-            && probe_space(&file, path, host_block, &deallocate, &reserve)
-                .map_err(|e| plain(&e))?;
+        let (deallocate, reserve) = match block_device {
+            true => (Ladder::from(DEALLOCATE, 0), Ladder::from(RESERVE, 0)),
+            false => (
+                Ladder::from(DEALLOCATE, verdict.deallocate),
+                Ladder::from(RESERVE, verdict.reserve),
+            ),
+        };
+        if !options.read_only && !block_device {
+            // The image itself may be one of which no hole can be made: one is punched behind its end.
+            let block = u64::from(host_block);
+            let end = file.metadata().map_err(|e| plain(&e))?.len().next_multiple_of(block);
+            deallocate.probe(&file, &(end..end + block));
+        }
         // Nobody will reserve space of a disk that is only read: it is told of what there is.
-        let reserves = !block_device
-            && knowledge.fiemap
-            && (options.read_only || probed && !reserve.is_last_resort());
+        let reserves = !block_device && knowledge.fiemap && verdict.reserves;
         knowledge.reserved = reserves;
-        let name = real_name(path).ok().filter(|_| !block_device);
         let directory = name.and_then(|name| Directory::of(&name, &file).ok());
         let shares = |d| surroundings.within(|| shares_blocks(&file, d)).unwrap_or(false);
         let shares = directory.as_ref().is_some_and(shares);
@@ -424,6 +439,7 @@ impl FileStore {
             forgets: false,
             deallocate,
             reserve,
+            verdict,
             notes: Notes::in_memory(),
             journal: None,
             directory,
@@ -514,8 +530,9 @@ impl FileStore {
             at_once: AtOnce::never(),
             write_back: unwatched(),
             forgets: false,
-            deallocate: Ladder::new(DEALLOCATE),
-            reserve: Ladder::new(RESERVE),
+            deallocate: self.deallocate.again(),
+            reserve: self.reserve.again(),
+            verdict: Arc::clone(&self.verdict),
             notes: Notes::in_memory(),
             journal: None,
             directory: None,
@@ -837,6 +854,9 @@ impl Store for FileStore {
             // There may be data of it where there is nothing yet.
             return Ok(vec![Extent { range, kind: Kind::Data }]);
         }
+        if self.backing.is_none() && self.knowledge.when_flushed && self.sync().is_err() {
+            return Ok(vec![Extent { range, kind: Kind::Data }]);
+        }
         match &self.backing {
             None if self.forgets => Ok(extents::walk(&Served(self), self.knowledge, range, limit)),
             None => Ok(extents::walk(&self.file, self.knowledge, range, limit)),
@@ -948,6 +968,7 @@ impl Store for FileStore {
         }
         self.end_atomic(&(at..at.saturating_add(len)))?;
         let taken = match how {
+            Method::Offload if !self.verdict.offloads => return Ok(None),
             Method::Reflink => sys::reflink(from, source, &self.file, at, len).map(|()| len),
             Method::Offload => offload(from, source, &self.file, at, len),
         };
@@ -1034,7 +1055,7 @@ impl Store for FileStore {
 }
 
 /// One `copy_file_range(2)`; may be short.
-fn offload(from: &File, source: u64, to: &File, at: u64, len: u64) -> io::Result<u64> {
+pub(super) fn offload(from: &File, source: u64, to: &File, at: u64, len: u64) -> io::Result<u64> {
     let invalid = |_| io::Error::from_raw_os_error(libc::EINVAL);
     let mut source = i64::try_from(source).map_err(invalid)?;
     let mut at = i64::try_from(at).map_err(invalid)?;
@@ -1054,31 +1075,17 @@ fn shares_blocks(file: &File, directory: &Arc<Directory>) -> io::Result<bool> {
     if one.metadata()?.dev() != file.metadata()?.dev() {
         return Ok(false);
     }
-    let block = u64::from(host_block(file, false)?);
-    one.set_len(block)?;
-    Ok(sys::reflink(&one, 0, &other, 0, block).is_ok())
-}
-
-/// Finds the rungs of the ladders that this file has, without changing it: a hole is punched behind
-/// its end, and space is reserved in an unnamed file beside it. Says whether that could be tried.
-fn probe_space(
-    file: &File,
-    path: &Path,
-    host_block: u32,
-    deallocate: &Ladder,
-    reserve: &Ladder,
-) -> io::Result<bool> {
-    let block = u64::from(host_block);
-    let end = file.metadata()?.len().next_multiple_of(block);
-    deallocate.probe(file, &(end..end + block));
-    let name = real_name(path)?;
-    let directory = name.parent().unwrap_or(Path::new("/"));
-    let scratch =
-        OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(directory);
-    let Ok(scratch) = scratch else { return Ok(false) };
-    scratch.set_len(block)?;
-    reserve.probe(&scratch, &(0..block));
-    Ok(true)
+    let block = host_block(file, false)?;
+    let [old, new] = [0xa5, 0x5a].map(|byte| vec![byte; block as usize]);
+    one.write_all_at(&old, 0)?;
+    if sys::reflink(&one, 0, &other, 0, block.into()).is_err() {
+        return Ok(false);
+    }
+    // And stay as they were for one when the other changes them.
+    one.write_all_at(&new, 0)?;
+    let mut found = vec![0; block as usize];
+    other.read_exact_at(&mut found, 0)?;
+    Ok(found == old)
 }
 
 /// Whether `path` is a block device; an error unless it is that or a regular file.

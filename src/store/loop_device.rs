@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use super::extents::{Extent, Knowledge, walk};
+use super::trial::Verdict;
 use super::{Space, sys};
 
 /// The file behind a loop device, open for looking only.
@@ -29,7 +30,7 @@ impl BackingFile {
         // The name may lead to another file by now: the kernel knows which one it is.
         let metadata = file.metadata().ok()?;
         let same = (metadata.dev(), metadata.ino()) == (status.device, status.inode);
-        let knowledge = Knowledge::probe(&file);
+        let knowledge = Knowledge::probe(&file, Verdict::untried(&file).seek);
         (same && metadata.is_file()).then_some(BackingFile {
             file,
             knowledge,
@@ -62,6 +63,9 @@ impl BackingFile {
         limit: usize,
     ) -> io::Result<Vec<Extent>> {
         device.sync_data()?;
+        if self.knowledge.when_flushed {
+            self.file.sync_data()?;
+        }
         let shifted =
             range.start.saturating_add(self.offset)..range.end.saturating_add(self.offset);
         let mut extents = walk(&self.file, self.knowledge, shifted, limit);

@@ -26,6 +26,7 @@ pub mod pieces;
 pub mod pool;
 mod space;
 mod sys;
+mod trial;
 mod write_back;
 
 pub use buffers::Buffers;

@@ -13,7 +13,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use super::{Cause, StoreError};
 
 /// One way to do an operation on a range.
-type Way = fn(&File, &Range<u64>) -> io::Result<()>;
+pub(super) type Way = fn(&File, &Range<u64>) -> io::Result<()>;
 
 /// The ways of an operation, and the best that has not failed to be there.
 #[derive(Debug)]
@@ -35,9 +35,14 @@ pub(super) const RESERVE: &[(&str, Way)] = &[
 ];
 
 impl Ladder {
-    /// A ladder of which every way may be there.
-    pub(super) fn new(ways: &'static [(&'static str, Way)]) -> Self {
-        Ladder { ways, current: AtomicUsize::new(0), proven: AtomicBool::new(false) }
+    /// A ladder of which the ways from this one on may be there.
+    pub(super) fn from(ways: &'static [(&'static str, Way)], first: usize) -> Self {
+        Ladder { ways, current: AtomicUsize::new(first), proven: AtomicBool::new(false) }
+    }
+
+    /// The same, for another file of the same kind.
+    pub(super) fn again(&self) -> Self {
+        Ladder::from(self.ways, self.current.load(Ordering::Acquire))
     }
 
     /// The name of the way that is used now.
@@ -129,7 +134,7 @@ impl Ladder {
 }
 
 /// Whether an error says that this file does not have the operation at all.
-fn is_missing(error: &io::Error) -> bool {
+pub(super) fn is_missing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY))
 }
 

@@ -310,6 +310,46 @@ pub(super) fn generation(file: &File) -> Option<u32> {
     version.first().copied()
 }
 
+/// The flags of the file's inode (FS_IOC_GETFLAGS).
+pub(super) fn flags(file: &File) -> io::Result<u32> {
+    let mut flags = [0u32; 2];
+    // SAFETY: the kernel writes one int, or one long where it believes the number of the call.
+    unsafe { ioctl::getflags(file.as_raw_fd(), &mut flags) }?;
+    Ok(flags.first().copied().unwrap_or(0))
+}
+
+/// Sets them (FS_IOC_SETFLAGS).
+pub(super) fn set_flags(file: &File, flags: u32) -> io::Result<()> {
+    // SAFETY: the kernel reads one int, or one long where it believes the number of the call.
+    unsafe { ioctl::setflags(file.as_raw_fd(), &[flags, 0]) }?;
+    Ok(())
+}
+
+/// `struct fsxattr` (linux/fs.h).
+#[repr(C)]
+#[derive(Default)]
+pub(super) struct ExtendedFlags {
+    pub flags: u32,
+    /// Bytes that are taken at a time.
+    pub extent_size: u32,
+    rest: [u32; 5],
+}
+
+/// The flags of the file's inode that are none of those (FS_IOC_FSGETXATTR).
+pub(super) fn extended_flags(file: &File) -> io::Result<ExtendedFlags> {
+    let mut all = ExtendedFlags::default();
+    // SAFETY: the kernel writes one `struct fsxattr`, which has this size and layout.
+    unsafe { ioctl::fsgetxattr(file.as_raw_fd(), &mut all) }?;
+    Ok(all)
+}
+
+/// Sets them (FS_IOC_FSSETXATTR).
+pub(super) fn set_extended_flags(file: &File, all: &ExtendedFlags) -> io::Result<()> {
+    // SAFETY: the kernel reads one `struct fsxattr`, which has this size and layout.
+    unsafe { ioctl::fssetxattr(file.as_raw_fd(), all) }?;
+    Ok(())
+}
+
 /// Bytes that `file` takes on its file system.
 pub(super) fn used(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks().saturating_mul(512))
@@ -385,6 +425,10 @@ mod ioctl {
     nix::ioctl_write_ptr!(ficlonerange, 0x94, 13, super::FileCloneRange);
     nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
     nix::ioctl_read!(getversion, b'v', 1, [u32; 2]);
+    nix::ioctl_read!(getflags, b'f', 1, [u32; 2]);
+    nix::ioctl_write_ptr!(setflags, b'f', 2, [u32; 2]);
+    nix::ioctl_read!(fsgetxattr, b'X', 31, super::ExtendedFlags);
+    nix::ioctl_write_ptr!(fssetxattr, b'X', 32, super::ExtendedFlags);
     nix::ioctl_read_bad!(blksszget, 0x1268, libc::c_int);
 }
 

@@ -31,6 +31,8 @@ struct Switches {
     goes_on: Condvar,
     /// fallocate, SEEK_DATA and copy_file_range are answered EOPNOTSUPP. The kernel asks once and remembers.
     refuses: AtomicBool,
+    /// What is answered without being done: of LIES, those that are named.
+    lies: AtomicU64,
     /// Requests that came in.
     requests: AtomicU64,
     /// FSYNC among them.
@@ -73,6 +75,19 @@ impl Switches {
             stopped = self.goes_on.wait(stopped).unwrap_or_else(PoisonError::into_inner);
         }
     }
+}
+
+/// What a server can claim to have done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lie {
+    /// fallocate does nothing.
+    Fallocate = 1,
+    /// fallocate makes a file as long as the range, whatever it is asked for.
+    Size = 2,
+    /// All is one hole.
+    Holes = 4,
+    /// copy_file_range copies nothing.
+    Copies = 8,
 }
 
 /// A mounted file system of that kind, gone with this value, whatever hangs in it.
@@ -120,6 +135,11 @@ impl Fuse {
     /// Refuses fallocate, SEEK_DATA and copy_file_range from now on, as simple servers do.
     pub fn refuse(&self) {
         self.switches.refuses.store(true, Ordering::Relaxed);
+    }
+
+    /// Answers from now on that this was done.
+    pub fn lie(&self, lie: Lie) {
+        self.switches.lies.fetch_or(lie as u64, Ordering::Relaxed);
     }
 
     /// Requests that have reached the server, the one it hangs in included.
@@ -216,6 +236,10 @@ impl Server {
         let truncates = flags & libc::O_TRUNC != 0;
         let options = OpenOptions::new().read(true).write(writes).create(create).clone();
         Ok(self.keep(options.clone().truncate(truncates && writes).open(path)?))
+    }
+
+    fn lies(&self, lie: Lie) -> bool {
+        self.switches.lies.load(Ordering::Relaxed) & lie as u64 != 0
     }
 
     fn may(&self) -> Answer<()> {
@@ -473,6 +497,12 @@ impl Filesystem for Server {
     ) {
         self.switches.gate();
         let done = self.may().and_then(|()| self.file(handle)).and_then(|file| {
+            if self.lies(Lie::Fallocate) {
+                return Ok(0);
+            }
+            let lies = self.lies(Lie::Size);
+            let mode = if lies { mode & !libc::FALLOC_FL_KEEP_SIZE } else { mode };
+            let mode = if lies && mode != 0 { libc::FALLOC_FL_ZERO_RANGE } else { mode };
             // SAFETY: plain numbers, and a descriptor that is open.
             called(i64::from(unsafe {
                 libc::fallocate(file.as_raw_fd(), mode, offset as i64, length as i64)
@@ -492,6 +522,9 @@ impl Filesystem for Server {
     ) {
         self.switches.gate();
         let found = self.may().and_then(|()| self.file(handle)).and_then(|file| {
+            if self.lies(Lie::Holes) {
+                return if whence == libc::SEEK_HOLE { Ok(offset) } else { Err(Errno::ENXIO) };
+            }
             // SAFETY: plain numbers, and a descriptor that is open.
             called(unsafe { libc::lseek(file.as_raw_fd(), offset, whence) })
         });
@@ -514,6 +547,9 @@ impl Filesystem for Server {
         self.switches.gate();
         let copy = || {
             self.may()?;
+            if self.lies(Lie::Copies) {
+                return Ok(len as i64);
+            }
             let (from, to) = (self.file(from)?, self.file(to)?);
             let (mut from_at, mut to_at) = (offset_from as i64, offset_to as i64);
             let len = len.min(1 << 30) as usize;

@@ -26,12 +26,73 @@ pub enum Kind {
 /// All of them.
 pub const ALL: [Kind; 4] = [Kind::Ext4, Kind::Xfs, Kind::Btrfs, Kind::Tmpfs];
 
+/// A file system that is not as mkfs makes it.
+#[derive(Clone, Copy, Debug)]
+pub struct Flavour {
+    pub name: &'static str,
+    pub kind: Kind,
+    mkfs: &'static [&'static str],
+    /// Mount options.
+    mount: &'static str,
+    /// What each of its files is: `chattr` and its arguments, or `xfs_io -c`.
+    files: &'static [&'static str],
+}
+
+impl Flavour {
+    const fn new(name: &'static str, kind: Kind) -> Self {
+        Flavour { name, kind, mkfs: &[], mount: "loop", files: &[] }
+    }
+
+    /// Does to its top directory what its files are to inherit.
+    fn prepare(&self, top: &Path) -> Result<(), String> {
+        match self.files {
+            [] => Ok(()),
+            [command, arguments @ ..] => run(command, arguments, top),
+        }
+    }
+}
+
+/// What users have on their hosts beside what mkfs makes.
+pub const FLAVOURS: [Flavour; 12] = [
+    Flavour {
+        mkfs: &["-O", "^extents,^64bit"],
+        ..Flavour::new("ext4 without extents", Kind::Ext4)
+    },
+    Flavour {
+        mkfs: &["-b", "1024", "-O", "^extents,^64bit"],
+        ..Flavour::new("ext4 without extents, blocks of 1 KiB", Kind::Ext4)
+    },
+    Flavour { mkfs: &["-t", "ext3"], ..Flavour::new("ext3", Kind::Ext4) },
+    Flavour { mkfs: &["-b", "1024"], ..Flavour::new("ext4, blocks of 1 KiB", Kind::Ext4) },
+    Flavour {
+        mkfs: &["-O", "bigalloc", "-C", "65536"],
+        ..Flavour::new("ext4, clusters of 64 KiB", Kind::Ext4)
+    },
+    Flavour {
+        mkfs: &["-O", "inline_data", "-I", "1024"],
+        ..Flavour::new("ext4 with data in inodes", Kind::Ext4)
+    },
+    Flavour {
+        mount: "loop,nodelalloc,data=journal",
+        ..Flavour::new("ext4, data=journal", Kind::Ext4)
+    },
+    Flavour { mkfs: &["-b", "size=1024"], ..Flavour::new("XFS, blocks of 1 KiB", Kind::Xfs) },
+    Flavour {
+        files: &["xfs_io", "-c", "extsize 1m"],
+        ..Flavour::new("XFS with an extent size", Kind::Xfs)
+    },
+    Flavour { mount: "loop,compress-force=zstd", ..Flavour::new("btrfs, compressed", Kind::Btrfs) },
+    Flavour { files: &["chattr", "+C"], ..Flavour::new("btrfs, nodatacow", Kind::Btrfs) },
+    Flavour { mount: "loop,nodatacow", ..Flavour::new("btrfs, mounted nodatacow", Kind::Btrfs) },
+];
+
 /// A mounted file system, gone with this value.
 pub struct Mount {
     pub kind: Kind,
     directory: TempDir,
     /// The file it is made in.
     image: PathBuf,
+    options: &'static str,
 }
 
 impl Mount {
@@ -39,19 +100,35 @@ impl Mount {
     pub fn new(kind: Kind, mib: u64) -> Option<Self> {
         let directory = TempDir::new().unwrap();
         let image = directory.path().join("image");
-        Self::in_file(Mount { kind, directory, image }, mib, &[])
+        Self::in_file(Mount { kind, directory, image, options: "loop" }, mib, &[])
+    }
+
+    /// One that is not as mkfs makes it.
+    pub fn of_flavour(flavour: &Flavour, mib: u64) -> Option<Self> {
+        let directory = TempDir::new().unwrap();
+        let (kind, image) = (flavour.kind, directory.path().join("image"));
+        let mount = Mount { kind, directory, image, options: flavour.mount };
+        let mount = Self::in_file(mount, mib, flavour.mkfs)?;
+        match flavour.prepare(&mount.path()) {
+            Ok(()) => Some(mount),
+            Err(why) => {
+                skipped(&format!("nothing was proved on {}: {why}", flavour.name));
+                None
+            }
+        }
     }
 
     /// The same in a file elsewhere, with blocks that are pages.
     pub fn over(kind: Kind, image: &Path, mib: u64) -> Option<Self> {
         let directory = TempDir::new().unwrap();
-        Self::in_file(Mount { kind, directory, image: image.into() }, mib, &["-b", "4096"])
+        let mount = Mount { kind, directory, image: image.into(), options: "loop" };
+        Self::in_file(mount, mib, &["-b", "4096"])
     }
 
-    fn in_file(mount: Mount, mib: u64, ext4: &[&str]) -> Option<Self> {
+    fn in_file(mount: Mount, mib: u64, mkfs: &[&str]) -> Option<Self> {
         let kind = mount.kind;
         fs::create_dir(mount.path()).unwrap();
-        match mount.make(mib, ext4) {
+        match mount.make(mib, mkfs) {
             Ok(()) => Some(mount),
             Err(why) => {
                 skipped(&format!("nothing was proved on {kind:?}: {why}"));
@@ -71,7 +148,7 @@ impl Mount {
         open.iter().filter(|file| file.starts_with(&top) && file.ends_with(" (deleted)")).count()
     }
 
-    fn make(&self, mib: u64, ext4: &[&str]) -> Result<(), String> {
+    fn make(&self, mib: u64, mkfs: &[&str]) -> Result<(), String> {
         let size = format!("size={mib}m");
         if self.kind == Kind::Tmpfs {
             return run("mount", &["-t", "tmpfs", "-o", &size, "tmpfs"], &self.path());
@@ -79,16 +156,16 @@ impl Mount {
         let image = &self.image;
         File::create(image).and_then(|f| f.set_len(mib << 20)).map_err(|e| e.to_string())?;
         match self.kind {
-            Kind::Ext4 => run("mkfs.ext4", &[&["-q", "-F"], ext4].concat(), image)?,
-            Kind::Xfs => run("mkfs.xfs", &["-q", "-m", "reflink=1"], image)?,
-            Kind::Btrfs => run("mkfs.btrfs", &["-q"], image)?,
+            Kind::Ext4 => run("mkfs.ext4", &[&["-q", "-F"], mkfs].concat(), image)?,
+            Kind::Xfs => run("mkfs.xfs", &[&["-q", "-m", "reflink=1"], mkfs].concat(), image)?,
+            Kind::Btrfs => run("mkfs.btrfs", &[&["-q"], mkfs].concat(), image)?,
             Kind::Tmpfs => {}
         }
         self.mount()
     }
 
     fn mount(&self) -> Result<(), String> {
-        run("mount", &["-o", "loop", self.image.to_str().unwrap()], &self.path())
+        run("mount", &["-o", self.options, self.image.to_str().unwrap()], &self.path())
     }
 
     /// Freezes it until the returned value goes, as a snapshot of the host does (FIFREEZE): every write waits. `None`,
