@@ -665,25 +665,21 @@ const CLUSTER: &str = "cluster";
 const MIGRATION: &str = "migration";
 
 #[test]
-#[ignore = "not finished: one run in a few calls a copy of blocks that were unmapped meanwhile wrong"]
 fn no_block_holds_what_it_may_not_on_xfs() {
     run(CLUSTER, FileSystem::Xfs);
 }
 
 #[test]
-#[ignore = "not finished: one run in a few calls a copy of blocks that were unmapped meanwhile wrong"]
 fn no_block_holds_what_it_may_not_on_ext4() {
     run(CLUSTER, FileSystem::Ext4);
 }
 
 #[test]
-#[ignore = "not finished: one run in a few calls a copy of blocks that were unmapped meanwhile wrong"]
 fn nothing_is_left_behind_by_a_migration_on_xfs() {
     run(MIGRATION, FileSystem::Xfs);
 }
 
 #[test]
-#[ignore = "not finished: one run in a few calls a copy of blocks that were unmapped meanwhile wrong"]
 fn nothing_is_left_behind_by_a_migration_on_ext4() {
     run(MIGRATION, FileSystem::Ext4);
 }
