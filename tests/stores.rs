@@ -254,6 +254,22 @@ fn files_on_fuse() {
     copies_copy("FUSE that refuses", &store);
 }
 
+/// What was written can be read, and written over, before it is stable: it must not be written again.
+#[test]
+fn a_stable_write_is_written_once() {
+    let Some(fuse) = Fuse::new(false) else { return };
+    let path = fuse.path().join("disk.img");
+    fresh_file(&path, SIZE as u64);
+    for len in [BLOCK, 64 << 10, 1 << 20] {
+        let store = FileStore::open(&path, &options(false)).unwrap();
+        let (written, flushes) = (fuse.written(), fuse.flushes());
+        store.write(4096, &buffer(&vec![7; len], 0), Durability::Stable).unwrap();
+        assert_eq!(fuse.written() - written, len as u64);
+        assert!(fuse.flushes() > flushes, "it was not flushed");
+        assert_holds("FUSE", &store, &vec![7; len], 4096, 0, false);
+    }
+}
+
 /// Data, holes and what is fresh, within a store.
 fn copies_copy(name: &str, store: &dyn Store) {
     let half = SIZE / 2;

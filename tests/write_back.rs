@@ -8,6 +8,7 @@ mod mounts;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -184,6 +185,16 @@ fn both_are_told(flusher: Flusher, a: &Lun<'_>, b: &Lun<'_>, loss: sense::Code, 
 }
 
 fn cluster(scratch: &Scratch, disk: &Path, options: &str) -> Daemon {
+    let daemon = cluster_as_it_is(scratch, disk, options);
+    // What it has tried out has taken blocks of a thin device, where then what is to be lost would have room.
+    let folder = disk.parent().unwrap();
+    for command in [&["sync", "-f"][..], &["fstrim"]] {
+        let _ = Command::new(command[0]).args(&command[1..]).arg(folder).output();
+    }
+    daemon
+}
+
+fn cluster_as_it_is(scratch: &Scratch, disk: &Path, options: &str) -> Daemon {
     Daemon::builder(scratch).disk(disk, options).ports(2).spawn()
 }
 
@@ -368,7 +379,7 @@ fn ext4_on_a_thin_device_that_has_no_room_for_its_journal() {
         drop(file);
         {
             let scratch = Scratch::new();
-            let mut daemon = cluster(&scratch, &disk, "");
+            let mut daemon = cluster_as_it_is(&scratch, &disk, "");
             let [a, b] = guests(&daemon);
             let (a, b) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
             a.write16(BLOCKS / 2, &[1; 4096]);
@@ -385,7 +396,7 @@ fn ext4_on_a_thin_device_that_has_no_room_for_its_journal() {
             daemon.kill();
         }
         mount.remount();
-        assert_eq!(host_read(&disk, SIZE / 2, 4096), [0; 4096], "it was not lost");
+        assert_eq!(host_read(&disk, SIZE / 2, 1), [0], "{flusher:?}: it was not lost");
     }
 }
 
@@ -459,7 +470,7 @@ fn a_loss_that_nobody_was_told_of_is_told_after_a_restart() {
     daemon.kill();
     drop(a);
     // All files at once: nobody is told of any of them.
-    let sync = std::process::Command::new("sync").arg("-f").arg(mount.path()).status();
+    let sync = Command::new("sync").arg("-f").arg(mount.path()).status();
     assert!(sync.is_ok());
     mount.heal();
     let daemon = cluster(&scratch, &disk, "");

@@ -67,7 +67,7 @@ impl AtOnce {
         from: &Buffers,
         quiet: bool,
     ) -> Option<usize> {
-        let write = || sys::write(file, offset, from, 0, false);
+        let write = || sys::write(file, offset, from, 0);
         if self.in_memory {
             return write().ok();
         }

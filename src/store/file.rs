@@ -600,9 +600,8 @@ impl FileStore {
     }
 
     fn write_all(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
-        let done = Self::all(offset, from.len(), |done| {
-            sys::write(&self.file, offset, from, done, false)
-        })?;
+        let done =
+            Self::all(offset, from.len(), |done| sys::write(&self.file, offset, from, done))?;
         match done == from.len() {
             true => Ok(()),
             false => Err(StoreError::at(Cause::Medium, offset + done as u64)),
@@ -628,21 +627,18 @@ impl FileStore {
         self.stabilize(offset, from)
     }
 
-    /// Flushes what was just written. In the page cache that is written once more, as there is no other call that flushes
-    /// a part of a file; now it can fail only for the flush.
+    /// Flushes what was just written. It is not written once more with a flag (RWF_DSYNC): by now it can be seen, and others
+    /// may have written over it.
     fn stabilize(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         if self.direct {
             return self.sync();
         }
         let range = bytes(offset, from.len());
-        let flushed = self.write_back.flush_range(range, || {
-            let mut done = 0;
-            while done < from.len() {
-                match sys::write(&self.file, offset, from, done, true) {
-                    Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                    Ok(more) => done += more,
+        let flushed = self.write_back.flush_range(range.clone(), || {
+            loop {
+                match sys::flush_range(&self.file, &range) {
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    Err(error) => return Err(error),
+                    flushed => break flushed?,
                 }
             }
             self.journal_is_kept()
@@ -1349,7 +1345,7 @@ mod tests {
     fn errors_carry_the_place_and_the_cause() {
         let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
         let from = Buffers::copy_of(&[1; 512]).unwrap();
-        let error = FileStore::all(4096, 512, |done| sys::write(&full, 4096, &from, done, false));
+        let error = FileStore::all(4096, 512, |done| sys::write(&full, 4096, &from, done));
         assert_eq!(error, Err(StoreError::at(Cause::NoSpace, 4096)));
     }
 

@@ -277,7 +277,7 @@ impl Journal {
             file.write_all(header.as_bytes())?;
             let mut done = 0;
             while done < from.len() {
-                match sys::write(file, size_of::<Header>() as u64, from, done, false) {
+                match sys::write(file, size_of::<Header>() as u64, from, done) {
                     Ok(0) => return Err(ErrorKind::WriteZero.into()),
                     Ok(more) => done += more,
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}

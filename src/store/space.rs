@@ -216,7 +216,7 @@ fn write_zeroes(file: &File, range: &Range<u64>) -> io::Result<()> {
     let mut at = range.start;
     while at < range.end {
         let len = usize::try_from(range.end - at).unwrap_or(chunk).min(chunk);
-        let done = super::sys::write(file, at, &zeroes.slice(0, len), 0, false)?;
+        let done = super::sys::write(file, at, &zeroes.slice(0, len), 0)?;
         if done == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }

@@ -37,6 +37,8 @@ struct Switches {
     requests: AtomicU64,
     /// FSYNC among them.
     flushes: AtomicU64,
+    /// Bytes that were written.
+    written: AtomicU64,
     /// Writes into this range of a file fail.
     breaks: Mutex<Option<Range<u64>>>,
     /// So many FSYNCs fail.
@@ -150,6 +152,11 @@ impl Fuse {
     /// Flushes (FSYNC) that have reached the server.
     pub fn flushes(&self) -> u64 {
         self.switches.flushes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that were written to the server, again and again if so.
+    pub fn written(&self) -> u64 {
+        self.switches.written.load(Ordering::Relaxed)
     }
 
     /// Has writes into this range of any file fail with EIO from now on, or none.
@@ -436,6 +443,7 @@ impl Filesystem for Server {
         reply: ReplyWrite,
     ) {
         self.switches.gate();
+        self.switches.written.fetch_add(data.len() as u64, Ordering::Relaxed);
         let written =
             self.file(handle).and_then(|file| match self.switches.breaks_at(offset, data.len()) {
                 None => Ok(file.write_all_at(data, offset)?),
