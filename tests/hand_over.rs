@@ -455,6 +455,10 @@ fn a_write_that_was_cut_off_is_whole_where_the_guest_goes() {
     frontend::daemon::host_write(&hosts.disk, 1024, &[9; 700]);
     hosts.assert_still();
     assert!(file.exists(), "who only waits for a guest leaves it to whom it may belong");
+    // Nor does the other daemon make it when it is started again: this one may be in the middle of it.
+    assert!(hosts.source("").terminate().success());
+    assert!(file.exists());
+    assert_eq!(host_read(&hosts.disk, 2048, 512), [0; 512]);
     let guest = FrontEnd::connect(&destination);
     let read = |fe: &FrontEnd| fe.ready_lun(0, 0).read16(1, 6);
     let whole = [vec![0; 512], vec![9; 2048], vec![0; 512]].concat();
@@ -482,18 +486,26 @@ fn a_write_that_was_cut_off_is_whole_where_the_guest_goes() {
     assert_same(&read(&guest), &whole, "as it was");
 }
 
-/// What was begun and never had its name is removed when nobody else can be at it.
+/// What was begun and never had its name is removed by whose guest runs: a daemon that only starts is not alone with it, for
+/// one that has not locked the image may serve it.
 #[test]
 fn what_another_daemon_is_writing_is_left_alone() {
     let hosts = Hosts::new();
+    let begun = [
+        ("", "# thinlun remembers this of the image beside it.\n"),
+        ("-write", "thinlun: write 2"),
+    ];
     let left =
         |suffix: &str| PathBuf::from(format!("{}.thinlun{suffix}.new", hosts.disk.display()));
-    let files: Vec<PathBuf> = ["", "-write"].map(left).into();
-    let write = || files.iter().for_each(|file| std::fs::write(file, vec![7; 1 << 20]).unwrap());
-    let there = || files.iter().filter(|file| file.exists()).count();
+    let write = || {
+        begun.iter().for_each(|(suffix, begun)| std::fs::write(left(suffix), begun).unwrap());
+    };
+    let there = || begun.iter().filter(|(suffix, _)| left(suffix).exists()).count();
     write();
     let source = hosts.source("");
-    assert_eq!(there(), 0, "with the image locked nobody else is at it");
+    assert_eq!(there(), 2, "somebody else may be at it");
+    drop(FrontEnd::connect(&source));
+    assert_eq!(there(), 0);
     write();
     let destination = hosts.destination("");
     assert_eq!(there(), 2);

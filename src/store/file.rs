@@ -249,15 +249,8 @@ impl FileStore {
                 )
                 .into());
             }
-            let look = || {
-                if options.locking && writes {
-                    // Nobody else is at it.
-                    directory.remove_unfinished(KEPT);
-                }
-                Self::look_beside(&directory)
-            };
             found = surroundings
-                .within(look)
+                .within(|| Self::look_beside(&directory))
                 .map_err(|e| format!("what lies beside it: {}", plain(&e)))?
                 .ok_or(CHANGED)?;
             if writes {
@@ -296,10 +289,9 @@ impl FileStore {
                 real.display()
             );
         }
+        // Only looked at: a process that has not locked the image may be serving it. Who takes it over makes it good.
+        self.with_image(|image| journal::look(&journaled, image).map(drop)).map_err(in_journal)?;
         let kept = Journal::of(&directory, self.identity);
-        if options.locking {
-            self.with_image(|image| kept.recover(&journaled, image)).map_err(in_journal)?;
-        }
         self.notes = Notes::beside(&directory, self.identity);
         self.notes.read(&self.identity, &noted, self.adopt).map_err(in_notes)?;
         (self.journal, self.directory) = (Some(kept), Some(directory));
