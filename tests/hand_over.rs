@@ -243,6 +243,37 @@ fn an_operation_that_dies_in_its_last_block_goes_on() {
     assert_eq!(hosts.noted(), None);
 }
 
+/// What was to make old data unreadable is not forgotten by a start with blocks of another size.
+#[test]
+fn an_operation_outlives_a_change_of_the_block_size() {
+    const BLOCK_ERASE: u8 = 0x02;
+    for (from, to) in [("512", "4096"), ("4096", "512")] {
+        for erases in [true, false] {
+            let hosts = Hosts::new();
+            frontend::daemon::host_write(&hosts.disk, 0, &vec![9; SIZE as usize]);
+            let options =
+                format!("block-size={from},fault=write:delay-ms-100+discard:delay-ms-300");
+            let mut source = hosts.source(&options);
+            let fe = FrontEnd::connect(&source);
+            let lun = fe.ready_lun(0, 0);
+            match erases {
+                true => drop(lun.run(cdb::sanitize(IMMED | BLOCK_ERASE, 0)).expect_good()),
+                false => overwrite(&lun, 1, 0x5a),
+            }
+            eventually("it has a mark", || hosts.noted().is_some_and(|noted| noted.contains('#')));
+            source.kill();
+            drop(fe);
+            let next = hosts.source(&format!("block-size={to}"));
+            let fe = FrontEnd::connect(&next);
+            let lun = fe.lun(0, 0);
+            take_attentions(&lun);
+            wait_until_ready(&lun, SANITIZE_IN_PROGRESS);
+            hosts.assert_filled(0, if erases { 0 } else { 0x5a });
+            assert_eq!(hosts.noted(), None);
+        }
+    }
+}
+
 /// A guest that starts anew finds it further, not begun again.
 #[test]
 fn a_guest_that_reboots_finds_it_where_it_was() {

@@ -560,6 +560,9 @@ struct Mark(String);
 /// What is done again with the first block, in bytes.
 const HEAD: u64 = 1 << 20;
 
+/// Bytes of the smallest block that a disk can have.
+const SMALLEST_BLOCK: usize = 512;
+
 const MARK: &[u8] = b"thinlun: erasing ";
 
 impl Mark {
@@ -589,11 +592,13 @@ impl Mark {
     }
 
     fn is_in(&self, lun: &Lun) -> Result<bool, StoreError> {
-        let expected = self.block(lun);
+        let mut expected = self.block(lun);
         let found = Buffers::zeroed(expected.len()).ok_or(Cause::Busy)?;
         // Of the medium, as another host may have written it.
         lun.store().read_medium(0, &found)?;
-        Ok(found.to_vec(expected.len()) == expected)
+        // The blocks may have been smaller when it was written.
+        expected.truncate(SMALLEST_BLOCK);
+        Ok(found.to_vec(SMALLEST_BLOCK) == expected)
     }
 }
 
@@ -654,11 +659,33 @@ impl Operation {
             Some((state == "running", Operation { work, from, mark }))
         };
         let unknown = || {
-            let work = Work::Format(Fill::Deallocated);
-            (false, Operation { work, from: Position::default(), mark: None })
+            // Its passes may be for blocks of another size. What was to make old data unreadable is not over before that is.
+            let sanitize = Work::Sanitize {
+                fill: Fill::Deallocated,
+                passes: 1,
+                invert: false,
+                unrestricted_exit: false,
+            };
+            let is_sanitize = work.starts_with("sanitize ");
+            let work = if is_sanitize { sanitize } else { Work::Format(Fill::Deallocated) };
+            let mark = state.split_once('#').and_then(|(_, mark)| Mark::parse(mark));
+            (false, Operation { work, from: Position::default(), mark })
         };
         parse().unwrap_or_else(unknown)
     }
+}
+
+/// What fills the medium alike in blocks of this size, if there is such a thing.
+fn of_size(block: Vec<u8>, size: usize) -> Option<Vec<u8>> {
+    if block.len() < SMALLEST_BLOCK || size == 0 {
+        return None;
+    }
+    if size.is_multiple_of(block.len()) {
+        return Some(block.repeat(size / block.len()));
+    }
+    let first = block.get(..size)?;
+    let alike = block.len().is_multiple_of(size) && block.chunks(size).all(|part| part == first);
+    alike.then(|| first.to_vec())
 }
 
 impl Work {
@@ -715,7 +742,9 @@ impl Work {
         let total = u128::from(whole.end) * passes.len().max(1) as u128;
         let background = lun.background();
         for (number, pass) in passes.iter().enumerate().skip(from.pass) {
-            let start = if number == from.pass { from.byte.max(first) } else { first };
+            // The blocks may have been smaller when that was noted.
+            let noted = from.byte - from.byte % u64::from(lun.block_size());
+            let start = if number == from.pass { noted.max(first) } else { first };
             let before = u128::from(whole.end) * number as u128;
             let mut left = None;
             let done = pass.run_on_all(lun, start.min(whole.end)..whole.end, |done| {
@@ -779,8 +808,8 @@ impl Work {
             "zero" => Some(Fill::Anchored),
             hex => {
                 let byte = |n| u8::from_str_radix(hex.get(2 * n..2 * n + 2)?, 16).ok();
-                let block: Option<Vec<u8>> = (0..block_size as usize).map(byte).collect();
-                block.map(Fill::Pattern)
+                let block: Option<Vec<u8>> = (0..hex.len().div_ceil(2)).map(byte).collect();
+                block.and_then(|block| of_size(block, block_size as usize)).map(Fill::Pattern)
             }
         };
         let flag = |text: &str| (text == "1").then_some(true).or((text == "0").then_some(false));
@@ -853,6 +882,28 @@ mod tests {
             let (runs, found) = Operation::decode(text, 512);
             assert!(!runs && found.work == Work::Format(Fill::Deallocated), "{text}");
         }
+    }
+
+    /// The blocks may have another size at the next start.
+    #[test]
+    fn a_pattern_is_understood_for_blocks_of_another_size() {
+        let sanitize = |block: Vec<u8>| Work::Sanitize {
+            fill: Fill::Pattern(block),
+            passes: 2,
+            invert: false,
+            unrestricted_exit: true,
+        };
+        let numbers = |len: usize| (0..len).map(|n| (n / 2 % 251) as u8).collect::<Vec<u8>>();
+        let small = sanitize(numbers(512));
+        let large = sanitize(numbers(512).repeat(8));
+        assert_eq!(Work::decode(&small.encode(), 4096), Some(large.clone()));
+        assert_eq!(Work::decode(&large.encode(), 512), Some(small));
+        // And where it cannot be had, it is a sanitize operation that must be repeated, which knows its image.
+        let mark = Mark::random().unwrap();
+        let text = format!("running#{} {}", mark.0, sanitize(numbers(4096)).encode());
+        let (runs, found) = Operation::decode(&text, 512);
+        assert!(!runs && !found.work.is_format() && found.mark == Some(mark));
+        assert!(Operation::decode(&text, 4096).0);
     }
 
     #[test]
