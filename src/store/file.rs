@@ -907,11 +907,16 @@ impl Store for FileStore {
                 let quiet = !self.pool.is_busy();
                 let written = self.at_once.write(&self.file, *offset, from, quiet)?;
                 self.write_back.mark(bytes(*offset, from.len()));
+                if written > 0 && written < from.len() {
+                    // That part can be seen, and written over: it is not written again, only the rest.
+                    let rest = from.slice(written, from.len() - written);
+                    return Some(self.write_cached(*offset + written as u64, &rest));
+                }
                 (written, from.len())
             }
             _ => return None,
         };
-        // A part of it is done again with the rest.
+        // A part of a read is done again with the rest.
         (result == len).then_some(Ok(()))
     }
 
@@ -921,10 +926,8 @@ impl Store for FileStore {
         }
         let list = match operation {
             Operation::Read { into, medium: false, .. } => into,
-            Operation::Write { offset, from, durability: Durability::Cached } if self.direct => {
-                self.write_back.mark(bytes(*offset, from.len()));
-                from
-            }
+            // Marked when it has landed: a flush meanwhile is not its own.
+            Operation::Write { from, durability: Durability::Cached, .. } if self.direct => from,
             // The kernel would hand a flush, and a write into the page cache that it cannot make at once, to
             // threads of its own, one write a file at a time; our own are as good, and end when idle. A stable write
             // is two calls.

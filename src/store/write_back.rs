@@ -170,7 +170,7 @@ impl WriteBack {
 
     /// Something was written that is not stable yet.
     #[inline]
-    pub(super) fn mark(&self, range: Range<u64>) {
+    pub fn mark(&self, range: Range<u64>) {
         self.written.mark(range);
     }
 

@@ -129,9 +129,9 @@ impl<J: Send + 'static> UringEngine<J> {
         let UringEngine { side, threads, stores, done } = self;
         side.land(|token, Flight { number, operation, hold }, result| {
             let store = stores.get(number).and_then(Option::as_ref);
-            store.inspect(|store| store.let_go(hold));
+            store.inspect(|store| landed(store.as_ref(), &operation, hold));
             match (outcome(&operation, result), store) {
-                (None, Some(store)) => threads.hand_over(token, store, operation),
+                (None, Some(store)) => threads.hand_over(token, store, rest(operation, result)),
                 (result, _) => {
                     let result = result.unwrap_or(Err(Cause::Medium.into()));
                     done.push(Completion { token, result: Finished::Operation(result) });
@@ -187,9 +187,9 @@ impl<J: Send + 'static> Left<J> {
         while side.flying > 0 {
             side.enter(1);
             side.land(|token, Flight { operation, hold, .. }, result| {
-                store.let_go(hold);
-                let result = outcome(&operation, result);
-                let result = result.unwrap_or_else(|| operation.run(store.as_ref()));
+                landed(store.as_ref(), &operation, hold);
+                let done = outcome(&operation, result);
+                let result = done.unwrap_or_else(|| rest(operation, result).run(store.as_ref()));
                 port.post(token, Finished::Operation(result));
             });
         }
@@ -321,6 +321,25 @@ impl Drop for RingSide {
             self.enter(1);
             self.land(|_, _, _| {});
         }
+    }
+}
+
+/// The kernel is done with a transfer: what was written is there, and not yet stable.
+fn landed(store: &dyn Store, operation: &Operation, hold: Hold) {
+    if let (Operation::Write { .. }, Some(write_back)) = (operation, store.write_back()) {
+        write_back.mark(operation.range());
+    }
+    store.let_go(hold);
+}
+
+/// What is left to do of a transfer. A part that was written can be seen, and written over, by now: it is not written again.
+fn rest(operation: Operation, result: i32) -> Operation {
+    match (operation, usize::try_from(result)) {
+        (Operation::Write { offset, from, durability }, Ok(done)) if done < from.len() => {
+            let from = from.slice(done, from.len() - done);
+            Operation::Write { offset: offset + done as u64, from, durability }
+        }
+        (operation, _) => operation,
     }
 }
 
