@@ -631,6 +631,71 @@ mod tests {
         assert!(is_idle(&store));
     }
 
+    /// Of those who can be together none waits for another, nor for one who waits.
+    #[test]
+    fn those_who_can_be_together_overtake_each_other() {
+        let (store, log) = (exclusion(), Log::default());
+        want(&store, &log, 'a', Mode::Alone, 0..8);
+        want(&store, &log, 'b', Mode::Together, 4..12);
+        want(&store, &log, 'c', Mode::Together, 8..16);
+        assert_eq!(names(&log), "ac");
+        "ac".chars().for_each(|who| end(&store, &log, who));
+        assert_eq!(names(&log), "b");
+        end(&store, &log, 'b');
+        assert!(is_idle(&store));
+    }
+
+    /// One begins as one who is only counted while the first comes who wants to be alone: whoever is second sees the other.
+    #[test]
+    fn the_first_who_is_alone_meets_nobody() {
+        const ROUNDS: usize = 5_000;
+        let store: Arc<dyn Store> = Arc::new(MemStore::new(512));
+        let all: Vec<_> = (0..ROUNDS).map(|_| Exclusion::around(Arc::clone(&store))).collect();
+        let inside: Vec<_> = (0..ROUNDS).map(|_| AtomicUsize::new(0)).collect();
+        let arrived: Vec<_> = (0..ROUNDS).map(|_| AtomicUsize::new(0)).collect();
+        let met = AtomicUsize::new(0);
+        // Both begin each round as nearly together as can be, the one or the other a little later.
+        let begin = |round: usize, later: usize| {
+            arrived[round].fetch_add(1, Ordering::SeqCst);
+            for looks in 0.. {
+                match arrived[round].load(Ordering::SeqCst) {
+                    2 => break,
+                    _ if looks > 1000 => std::thread::yield_now(),
+                    _ => std::hint::spin_loop(),
+                }
+            }
+            (0..later).for_each(|_| std::hint::spin_loop());
+        };
+        let alone_in = |store: &Exclusion, round: usize, hold: Hold| {
+            met.fetch_add(inside[round].fetch_add(1, Ordering::SeqCst), Ordering::SeqCst);
+            (0..50).for_each(|_| std::hint::spin_loop());
+            inside[round].fetch_sub(1, Ordering::SeqCst);
+            store.let_go(hold);
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for (round, store) in all.iter().enumerate() {
+                    begin(round, round % 7);
+                    if let Some(hold) = store.hold_now(slice::from_ref(&(0..8))) {
+                        alone_in(store, round, hold);
+                    }
+                }
+            });
+            for (round, store) in all.iter().enumerate() {
+                begin(round, round % 5);
+                let (had, waits) = mpsc::channel();
+                let granted: Granted = Box::new(move |hold| drop(had.send(hold)));
+                let hold = match store.hold(Mode::Alone, slice::from_ref(&(0..8)), granted) {
+                    Wanted::Had(hold, _) => hold,
+                    Wanted::Waits(_) => waits.recv().unwrap(),
+                };
+                alone_in(store, round, hold);
+            }
+        });
+        assert_eq!(met.into_inner(), 0, "two at once");
+        assert!(all.iter().all(is_idle));
+    }
+
     /// Who waits no longer is not in the way of others, and gets nothing.
     #[test]
     fn whoever_stops_waiting_lets_others_pass() {
