@@ -782,7 +782,45 @@ impl Work {
 
 #[cfg(test)]
 mod tests {
+    use super::super::LunSettings;
+    use super::super::address::LunNumber;
     use super::*;
+    use crate::store::mem::MemStore;
+
+    fn lun() -> Arc<Lun> {
+        let settings = LunSettings {
+            target: 0,
+            lun: LunNumber::MIN,
+            serial: "X".into(),
+            naa: vec![0x30; 8],
+            block_size: 512,
+            physical_block_size: 512,
+            rotational: false,
+            discard: true,
+            discard_granularity: 512,
+            detect_zeroes: Default::default(),
+            write_cache: true,
+        };
+        Arc::new(Lun::new(settings, 0, Arc::new(MemStore::new(1 << 20))).unwrap())
+    }
+
+    /// Who waits for an operation to stop does not wait for its end when another initiator has come meanwhile.
+    #[test]
+    fn nobody_waits_for_what_goes_on_because_commands_can_come_again() {
+        let lun = lun();
+        lun.background().become_state(State::Running(Work::Format(Fill::Deallocated)));
+        lun.background().leave();
+        let on = Arc::clone(&lun);
+        let (left, leaves) = mpsc::channel();
+        std::thread::spawn(move || {
+            on.background().wait_until_left();
+            left.send(()).unwrap();
+        });
+        assert!(leaves.recv_timeout(Duration::from_millis(200)).is_err(), "it goes on");
+        take_over(&lun);
+        leaves.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert_eq!(*lun.background().state(), State::Running(Work::Format(Fill::Deallocated)));
+    }
 
     #[test]
     fn work_is_noted_and_understood_again() {
