@@ -782,8 +782,8 @@ impl Work {
 
 #[cfg(test)]
 mod tests {
-    use super::super::LunSettings;
     use super::super::address::LunNumber;
+    use super::super::{LunSettings, Target};
     use super::*;
     use crate::store::mem::MemStore;
 
@@ -820,6 +820,67 @@ mod tests {
         take_over(&lun);
         leaves.recv_timeout(Duration::from_secs(60)).unwrap();
         assert_eq!(*lun.background().state(), State::Running(Work::Format(Fill::Deallocated)));
+    }
+
+    /// With the first way that commands can come the disk is taken over, and with no other.
+    #[test]
+    fn a_disk_is_taken_over_once() {
+        let lun = lun();
+        let target = Target::new(vec![Arc::clone(&lun)], 2);
+        let takeovers = || lun.background().takeovers.load(Ordering::Acquire);
+        for (begin, expected) in [(true, 1), (true, 1), (false, 1), (true, 1), (false, 1)] {
+            if begin {
+                target.begin_service()
+            } else {
+                target.end_service()
+            }
+            assert_eq!(takeovers(), expected);
+            lun.background().check(Tolerance::Never).unwrap();
+        }
+        target.end_service();
+        target.begin_service();
+        assert_eq!(takeovers(), 2);
+    }
+
+    /// What was found out is put into force if it was found out for this time, and commands can come.
+    #[test]
+    fn what_was_found_out_for_another_time_is_not_put_into_force() {
+        let (lun, unknown) = (lun(), State::Unknown { known: false });
+        let background = lun.background();
+        let state = || background.state().clone();
+        background.become_state(unknown.clone());
+        take_over(&lun);
+        background.leave();
+        assert!(!background.is_known(1), "nobody is there");
+        take_over(&lun);
+        assert!(!background.is_known(1) && state() == unknown, "it was for another");
+        assert!(background.is_known(2));
+        assert_eq!(state(), State::Unknown { known: true });
+        // That is waited for: it changes what is noted.
+        background.leave();
+        let on = Arc::clone(&lun);
+        let (left, leaves) = mpsc::channel();
+        std::thread::spawn(move || {
+            on.background().wait_until_left();
+            left.send(()).unwrap();
+        });
+        assert!(leaves.recv_timeout(Duration::from_millis(200)).is_err());
+        background.become_state(State::Idle);
+        leaves.recv_timeout(Duration::from_secs(60)).unwrap();
+    }
+
+    /// If everybody has left before it is found out what is noted, the next one who comes has it found out.
+    #[test]
+    fn what_nobody_waits_for_is_found_out_for_the_next() {
+        let lun = lun();
+        let background = lun.background();
+        background.become_state(State::Unknown { known: false });
+        background.leave();
+        find_out(&lun);
+        assert_eq!(*background.state(), State::Idle);
+        take_over(&lun);
+        background.wait_until_known(Instant::now() + Duration::from_secs(60));
+        background.check(Tolerance::Never).unwrap();
     }
 
     #[test]
