@@ -705,7 +705,8 @@ mod tests {
     /// What is under way has its range until it is over: nothing changes there any more for one who is alone.
     #[test]
     fn nothing_changes_for_one_who_is_alone() {
-        let file = tempfile::NamedTempFile::new().unwrap();
+        // In memory, where a write can always be made at once.
+        let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
         let plain =
             OpenOptionsFor { read_only: false, direct: false, block_size: 512, locking: false };
         let write = |store: &Exclusion| set(store, 0, 1);
