@@ -5,7 +5,7 @@ mod frontend;
 mod mounts;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use frontend::connection::{CONTROL_QUEUE, FIRST_REQUEST_QUEUE};
 use frontend::control::tmf_response;
@@ -101,11 +101,19 @@ impl<'a> Slow<'a> {
     /// Begins one, and waits until some of it is done.
     #[track_caller]
     fn begin(fe: &'a FrontEnd, way: Way) -> Self {
-        let (from, to) = (fe.ready_lun(0, FROM), fe.ready_lun(0, TO));
         let asked = match way {
             Way::Background(disk) | Way::Foreground(disk) => fe.ready_lun(0, disk),
-            Way::Token => to.clone(),
+            Way::Token => fe.ready_lun(0, TO),
         };
+        let slow = Self::ask(fe, asked, way);
+        eventually("some of it is copied", || slow.status().is_some_and(|(_, bytes)| bytes > 0));
+        slow
+    }
+
+    /// Asks for one.
+    #[track_caller]
+    fn ask(fe: &'a FrontEnd, asked: Lun<'a>, way: Way) -> Self {
+        let (from, to) = (fe.ready_lun(0, FROM), fe.ready_lun(0, TO));
         let (cdb, list) = match way {
             Way::Token => {
                 let all = (SIZE / 512) as u32;
@@ -133,9 +141,7 @@ impl<'a> Slow<'a> {
                 None
             }
         };
-        let slow = Slow { asked, ticket };
-        eventually("some of it is copied", || slow.status().is_some_and(|(_, bytes)| bytes > 0));
-        slow
+        Slow { asked, ticket }
     }
 
     #[track_caller]
@@ -319,6 +325,69 @@ fn a_nexus_reset_ends_its_own_copies() {
     }
 }
 
+/// I_T NEXUS RESET is about the disks of one target: what was asked of others goes on, to which disks ever.
+#[test]
+fn a_nexus_reset_ends_what_was_asked_of_its_target() {
+    let scratch = Scratch::new();
+    let place = |name: &str| scratch.join(name);
+    std::fs::write(place("from.img"), data()).unwrap();
+    for name in ["to.img", "other.img"] {
+        std::fs::File::create(place(name)).unwrap().set_len(SIZE).unwrap();
+    }
+    let daemon = Daemon::builder(&scratch)
+        .disk(&place("from.img"), "")
+        .disk(&place("to.img"), SLOW)
+        .disk(&place("other.img"), "target=1,lun=0")
+        .spawn();
+    let fe = FrontEnd::builder().queues(2).connect(&daemon);
+    let asked = fe.ready_lun(1, 0);
+    let slow = Slow::ask(&fe, asked.clone(), Way::Background(OTHER));
+    let goes_on = || {
+        let before = slow.status().expect("it goes on").1;
+        eventually("it goes on", || slow.status().is_some_and(|(_, bytes)| bytes > before));
+    };
+    goes_on();
+    assert_eq!(fe.tmf(Tmf::ItNexusReset, fe.lun(0, TO).address, 0), response::OK);
+    goes_on();
+    assert_eq!(fe.tmf(Tmf::ItNexusReset, asked.address, 0), response::OK);
+    assert_over(&place("to.img"), "the target that was asked");
+}
+
+/// A copy that begins while a reset is on its way is over when that is answered: its command may have been answered before
+/// the reset came to its queue, and after copies were looked for.
+#[test]
+fn a_reset_ends_copies_that_begin_beside_it() {
+    let scratch = Scratch::new();
+    let place = |name: &str| scratch.join(name);
+    std::fs::write(place("from.img"), data()).unwrap();
+    std::fs::File::create(place("to.img")).unwrap().set_len(SIZE).unwrap();
+    let daemon = Daemon::builder(&scratch)
+        .disk(&place("from.img"), "")
+        .disk(&place("to.img"), "fault=copy:delay-ms-5")
+        .spawn();
+    let fe = FrontEnd::builder().queues(1).connect(&daemon);
+    let (from, to) = (fe.ready_lun(0, FROM), fe.ready_lun(0, TO));
+    let cscds = [cscd(&from, 0), cscd(&to, 0)];
+    let step = |n: u64| n * u64::from(EACH);
+    let segments: Vec<Vec<u8>> =
+        (0..STEPS).map(|n| blocks((0, step(n)), (1, step(n)), EACH, false)).collect();
+    let written = || std::fs::metadata(place("to.img")).unwrap().modified().unwrap();
+    let mut rng = pattern::Rng::new(1);
+    for round in 0..300u32 {
+        from.clear_unit_attentions();
+        let list = list_lid4(round, true, &cscds, &segments);
+        let cdb = cdb::extended_copy_lid4(list.len() as u32);
+        let ticket = from.submit(&from.request(cdb).data_out(list));
+        let until = Instant::now() + Duration::from_nanos(rng.below(600_000));
+        while Instant::now() < until {}
+        assert_eq!(fe.tmf(Tmf::LogicalUnitReset, from.address, 0), response::OK);
+        let before = written();
+        std::thread::sleep(Duration::from_millis(15));
+        assert_eq!(written(), before, "round {round}: it goes on behind the reset");
+        fe.wait(ticket);
+    }
+}
+
 /// A copy whose command has been answered is in no task set: functions about tasks leave it alone. One whose command is under
 /// way ends with that.
 #[test]
@@ -408,8 +477,8 @@ fn nothing_that_an_initiator_has_started_outlives_it() {
                 match end {
                     End::Reset => a.set(request::RESET_DEVICE, &[], &[], true),
                     End::Stop => {
-                        // As long as there is one ring, it is there.
-                        for queue in [CONTROL_QUEUE, 1, FIRST_REQUEST_QUEUE + 1] {
+                        // As long as there is one ring for requests, it is there.
+                        for queue in [1, FIRST_REQUEST_QUEUE + 1] {
                             a.stop_queue(queue);
                         }
                         let lun = Lun::new(&a, asked);
