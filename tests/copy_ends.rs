@@ -5,7 +5,7 @@ mod frontend;
 mod mounts;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use frontend::connection::{CONTROL_QUEUE, FIRST_REQUEST_QUEUE};
 use frontend::control::tmf_response;
@@ -351,41 +351,6 @@ fn a_nexus_reset_ends_what_was_asked_of_its_target() {
     goes_on();
     assert_eq!(fe.tmf(Tmf::ItNexusReset, asked.address, 0), response::OK);
     assert_over(&place("to.img"), "the target that was asked");
-}
-
-/// A copy that begins while a reset is on its way is over when that is answered: its command may have been answered before
-/// the reset came to its queue, and after copies were looked for.
-#[test]
-fn a_reset_ends_copies_that_begin_beside_it() {
-    let scratch = Scratch::new();
-    let place = |name: &str| scratch.join(name);
-    std::fs::write(place("from.img"), data()).unwrap();
-    std::fs::File::create(place("to.img")).unwrap().set_len(SIZE).unwrap();
-    let daemon = Daemon::builder(&scratch)
-        .disk(&place("from.img"), "")
-        .disk(&place("to.img"), "fault=copy:delay-ms-5")
-        .spawn();
-    let fe = FrontEnd::builder().queues(1).connect(&daemon);
-    let (from, to) = (fe.ready_lun(0, FROM), fe.ready_lun(0, TO));
-    let cscds = [cscd(&from, 0), cscd(&to, 0)];
-    let step = |n: u64| n * u64::from(EACH);
-    let segments: Vec<Vec<u8>> =
-        (0..STEPS).map(|n| blocks((0, step(n)), (1, step(n)), EACH, false)).collect();
-    let written = || std::fs::metadata(place("to.img")).unwrap().modified().unwrap();
-    let mut rng = pattern::Rng::new(1);
-    for round in 0..300u32 {
-        from.clear_unit_attentions();
-        let list = list_lid4(round, true, &cscds, &segments);
-        let cdb = cdb::extended_copy_lid4(list.len() as u32);
-        let ticket = from.submit(&from.request(cdb).data_out(list));
-        let until = Instant::now() + Duration::from_nanos(rng.below(600_000));
-        while Instant::now() < until {}
-        assert_eq!(fe.tmf(Tmf::LogicalUnitReset, from.address, 0), response::OK);
-        let before = written();
-        std::thread::sleep(Duration::from_millis(15));
-        assert_eq!(written(), before, "round {round}: it goes on behind the reset");
-        fe.wait(ticket);
-    }
 }
 
 /// A copy whose command has been answered is in no task set: functions about tasks leave it alone. One whose command is under

@@ -869,6 +869,28 @@ mod tests {
         leaves.recv_timeout(Duration::from_secs(60)).unwrap();
     }
 
+    /// If commands can come again by the time an operation has stopped, it goes on.
+    #[test]
+    fn an_operation_that_has_stopped_for_nobody_goes_on() {
+        let lun = lun();
+        let background = lun.background();
+        let work = Work::Format(Fill::Anchored);
+        background.become_state(State::Running(work.clone()));
+        background.leave();
+        let state = background.state();
+        let on = Arc::clone(&lun);
+        let operation = Operation { work, from: Position::default(), mark: None };
+        let thread = std::thread::spawn(move || carry_out(&on, operation));
+        // It has noted how far it is, and has not seen yet that this is for nothing.
+        while lun.store().notes().get(NOTE).is_none() {
+            std::thread::yield_now();
+        }
+        background.served.store(true, Ordering::Release);
+        drop(state);
+        thread.join().unwrap();
+        assert_eq!(*background.state(), State::Idle);
+    }
+
     /// If everybody has left before it is found out what is noted, the next one who comes has it found out.
     #[test]
     fn what_nobody_waits_for_is_found_out_for_the_next() {

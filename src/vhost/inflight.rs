@@ -355,7 +355,7 @@ mod tests {
             heads.iter().for_each(|head| queue.take(*head));
             (region.queue(0, 8).unwrap(), region)
         };
-        let cases: [(&str, u16, u16, &[u16], bool); 8] = [
+        let cases: [(&str, u16, u16, &[u16], bool); 9] = [
             ("the same ring", 100, 100, &[2, 1], true),
             ("the same ring, with more", 100, 100, &[2, 1, 5], true),
             ("a new ring, empty", 0, 0, &[], false),
@@ -368,6 +368,7 @@ mod tests {
                 &[1, 2, 5],
                 false,
             ),
+            ("a new ring that begins as an old one did", 65535, 0, &[2, 1, 5], false),
             ("an old ring that was never answered", 0, 0, &[2, 1, 5], true),
             ("a new ring where an old one was never answered", 0, 0, &[1, 2, 5], false),
         ];
@@ -379,6 +380,13 @@ mod tests {
             let again = region.queue(0, 8).unwrap().recover(now, available);
             assert_eq!(again, Some(expected.unwrap_or_default()), "{what}");
         }
+        let region = super::tests::region();
+        let mut queue = region.queue(0, 8).unwrap();
+        queue.recover(99, &[]);
+        [7, 2, 1].into_iter().for_each(|head| queue.take(head));
+        queue.give(7);
+        queue.shown(100);
+        assert_eq!(region.queue(0, 8).unwrap().recover(0, &ALL), None, "an old one was answered");
         let (mut next, region) = taken(100, &[2, 1]);
         region.queue(2, 8).unwrap().recover(100, &[]);
         region.clear();
