@@ -566,3 +566,30 @@ fn what_lies_in_a_ring_that_stops_ends_with_its_function() {
     }
     panic!("nothing was proved");
 }
+
+/// What a process has left in flight is of the life of the guest that ends with a reset of the device, even if its ring looks
+/// the same afterwards.
+#[test]
+fn what_was_left_in_flight_ends_with_a_reset() {
+    let scratch = Scratch::new();
+    images(&scratch);
+    let mut served = daemon(&scratch, 1, "fault=write:stall-ms-60000*1");
+    let mut fe = FrontEnd::builder().queues(1).inflight().connect(&served);
+    let write = {
+        let lun = fe.ready_lun(0, 0);
+        hang(&fe, &lun)
+    };
+    served.kill();
+    let served = daemon(&scratch, 1, "");
+    fe.reconnect_without_enabling(&served);
+    fe.set(request::RESET_DEVICE, &[], &[], true);
+    fe.start_only(Some(&[CONTROL_QUEUE, 1]));
+    fe.start();
+    let base = fe.queue(REQUESTS).ring().published();
+    fe.start_queue(REQUESTS, base);
+    fe.enable_queue(REQUESTS, true);
+    fe.barrier();
+    fe.lun(0, 0).run(cdb::test_unit_ready());
+    assert!(fe.queue(REQUESTS).try_take(write).is_none(), "it was done again");
+    assert!(!served.log().contains("were left in flight"), "{}", served.log());
+}
