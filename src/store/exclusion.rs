@@ -677,7 +677,7 @@ mod tests {
             ("write_whole", |store| store.write_whole(0, &Buffers::zeroed(512).unwrap()).unwrap()),
             ("deallocate", |store| store.deallocate(0..4096).unwrap()),
             ("reserve", |store| store.reserve(0..4096).unwrap()),
-            ("snapshot", |store| drop(store.snapshot(&[0..4096], &mut |_| true))),
+            ("snapshot", |store| drop(store.snapshot(&[0..4096, 8192..8200], &mut |_| true))),
             ("take", |store| {
                 let _ = store.take(store.file().unwrap(), 0, 8192, 4096, Method::Offload);
             }),

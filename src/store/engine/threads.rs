@@ -323,7 +323,9 @@ mod tests {
         let wake = Arc::new(EventFd::new().unwrap());
         let mut engine = ThreadEngine::<&str>::new(Arc::clone(&wake));
         let store: Arc<dyn Store> = Arc::new(MemStore::new(4096));
-        for need in [Need::Nothing, Need::Thread, Need::Together(vec![0..8]), Need::Alone(0..8)] {
+        for need in
+            [Need::Nothing, Need::Thread, Need::Together(vec![0..8, 16..24]), Need::Alone(0..8)]
+        {
             let (begun, begins) = mpsc::channel();
             let work: Work<&str> = Box::new(move |cancel, _| {
                 begun.send(()).unwrap();
