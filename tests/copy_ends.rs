@@ -101,11 +101,19 @@ impl<'a> Slow<'a> {
     /// Begins one, and waits until some of it is done.
     #[track_caller]
     fn begin(fe: &'a FrontEnd, way: Way) -> Self {
-        let (from, to) = (fe.ready_lun(0, FROM), fe.ready_lun(0, TO));
         let asked = match way {
             Way::Background(disk) | Way::Foreground(disk) => fe.ready_lun(0, disk),
-            Way::Token => to.clone(),
+            Way::Token => fe.ready_lun(0, TO),
         };
+        let slow = Self::ask(fe, asked, way);
+        eventually("some of it is copied", || slow.status().is_some_and(|(_, bytes)| bytes > 0));
+        slow
+    }
+
+    /// Asks for one.
+    #[track_caller]
+    fn ask(fe: &'a FrontEnd, asked: Lun<'a>, way: Way) -> Self {
+        let (from, to) = (fe.ready_lun(0, FROM), fe.ready_lun(0, TO));
         let (cdb, list) = match way {
             Way::Token => {
                 let all = (SIZE / 512) as u32;
@@ -133,9 +141,7 @@ impl<'a> Slow<'a> {
                 None
             }
         };
-        let slow = Slow { asked, ticket };
-        eventually("some of it is copied", || slow.status().is_some_and(|(_, bytes)| bytes > 0));
-        slow
+        Slow { asked, ticket }
     }
 
     #[track_caller]
@@ -319,6 +325,34 @@ fn a_nexus_reset_ends_its_own_copies() {
     }
 }
 
+/// I_T NEXUS RESET is about the disks of one target: what was asked of others goes on, to which disks ever.
+#[test]
+fn a_nexus_reset_ends_what_was_asked_of_its_target() {
+    let scratch = Scratch::new();
+    let place = |name: &str| scratch.join(name);
+    std::fs::write(place("from.img"), data()).unwrap();
+    for name in ["to.img", "other.img"] {
+        std::fs::File::create(place(name)).unwrap().set_len(SIZE).unwrap();
+    }
+    let daemon = Daemon::builder(&scratch)
+        .disk(&place("from.img"), "")
+        .disk(&place("to.img"), SLOW)
+        .disk(&place("other.img"), "target=1,lun=0")
+        .spawn();
+    let fe = FrontEnd::builder().queues(2).connect(&daemon);
+    let asked = fe.ready_lun(1, 0);
+    let slow = Slow::ask(&fe, asked.clone(), Way::Background(OTHER));
+    let goes_on = || {
+        let before = slow.status().expect("it goes on").1;
+        eventually("it goes on", || slow.status().is_some_and(|(_, bytes)| bytes > before));
+    };
+    goes_on();
+    assert_eq!(fe.tmf(Tmf::ItNexusReset, fe.lun(0, TO).address, 0), response::OK);
+    goes_on();
+    assert_eq!(fe.tmf(Tmf::ItNexusReset, asked.address, 0), response::OK);
+    assert_over(&place("to.img"), "the target that was asked");
+}
+
 /// A copy whose command has been answered is in no task set: functions about tasks leave it alone. One whose command is under
 /// way ends with that.
 #[test]
@@ -408,8 +442,8 @@ fn nothing_that_an_initiator_has_started_outlives_it() {
                 match end {
                     End::Reset => a.set(request::RESET_DEVICE, &[], &[], true),
                     End::Stop => {
-                        // As long as there is one ring, it is there.
-                        for queue in [CONTROL_QUEUE, 1, FIRST_REQUEST_QUEUE + 1] {
+                        // As long as there is one ring for requests, it is there.
+                        for queue in [1, FIRST_REQUEST_QUEUE + 1] {
                             a.stop_queue(queue);
                         }
                         let lun = Lun::new(&a, asked);

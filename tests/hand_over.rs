@@ -329,6 +329,28 @@ fn it_stops_with_the_last_initiator() {
     hosts.assert_filled(0, 0x5a);
 }
 
+/// One initiator comes while the last other one goes, and a step of the operation hangs: neither waits for that.
+#[test]
+fn who_comes_and_who_goes_do_not_wait_for_a_step() {
+    let hosts = Hosts::new();
+    let mut source = hosts.source("fault=write:delay-ms-60000*1");
+    let [a, b] = [0, 1].map(|port| FrontEnd::builder().connect_to(&source, port));
+    let lun = a.ready_lun(0, 0);
+    b.ready_lun(0, 0);
+    b.stop();
+    b.reset_queues();
+    overwrite(&lun, 1, 0x5a);
+    std::thread::scope(|scope| {
+        let goes = scope.spawn(|| a.stop());
+        std::thread::sleep(A_MOMENT);
+        b.start();
+        b.lun(0, 0).inquiry();
+        goes.join().unwrap();
+    });
+    assert_same(&host_read(&hosts.disk, 0, 512), &[0; 512], "before the step");
+    source.kill();
+}
+
 /// Rings that start while the last of another initiator stop.
 #[test]
 fn initiators_that_come_and_go_leave_one_operation() {
@@ -472,8 +494,6 @@ fn registrations_of_a_guest_that_reboots_stay() {
 #[test]
 fn a_write_that_was_cut_off_is_whole_where_the_guest_goes() {
     let hosts = Hosts::new();
-    let destination = hosts.destination("");
-    // The other daemon has died in the middle of it, after this one started.
     let journal = |offset: u64, data: &[u8]| {
         let mut bytes = b"thinlun: writing".to_vec();
         bytes.extend(offset.to_be_bytes());
@@ -482,8 +502,19 @@ fn a_write_that_was_cut_off_is_whole_where_the_guest_goes() {
         bytes
     };
     let file = PathBuf::from(format!("{}.thinlun-write", hosts.disk.display()));
-    std::fs::write(&file, journal(1024, &[9; 2048])).unwrap();
-    frontend::daemon::host_write(&hosts.disk, 1024, &[9; 700]);
+    // The other daemon has died in the middle of it, before this one started or after.
+    let cut_off = || {
+        std::fs::write(&file, journal(1024, &[9; 2048])).unwrap();
+        frontend::daemon::host_write(&hosts.disk, 1024, &[9; 700]);
+    };
+    cut_off();
+    let mut early = hosts.destination("");
+    hosts.assert_still();
+    assert!(file.exists(), "who only waits for a guest leaves it to whom it may belong");
+    early.kill();
+    std::fs::remove_file(&file).unwrap();
+    let destination = hosts.destination("");
+    cut_off();
     hosts.assert_still();
     assert!(file.exists(), "who only waits for a guest leaves it to whom it may belong");
     // Nor does the other daemon make it when it is started again: this one may be in the middle of it.

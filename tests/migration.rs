@@ -28,19 +28,25 @@ struct Migration {
 }
 
 impl Migration {
-    fn begin(fe: &FrontEnd) -> Self {
+    /// `log_last`: the feature was there before.
+    fn begin(fe: &FrontEnd, log_last: bool) -> Self {
         let region = fe.memory().regions()[0];
         let pages = (region.guest_address + region.size) as usize / PAGE;
         let log = File::from(memfd_create(c"log", MFdFlags::empty()).unwrap());
         log.set_len(pages.div_ceil(8).next_multiple_of(PAGE) as u64).unwrap();
         let len = log.metadata().unwrap().len();
-        // The log first, then the feature: the first copy is made when both are there.
+        // The log first, then the feature, or the other way round: the first copy is made when both are there.
+        if log_last {
+            Self::switch(fe, true);
+        }
         let place = [len, 0].map(u64::to_ne_bytes).concat();
         let channel = fe.channel();
         channel.tell(request::SET_LOG_BASE, &place, &[log.as_raw_fd()]);
         assert_eq!(channel.receive().unwrap().request, request::SET_LOG_BASE);
         drop(channel);
-        Self::switch(fe, true);
+        if !log_last {
+            Self::switch(fe, true);
+        }
         let copy = fe.memory().read(region.guest_address, region.size as usize);
         Migration { log, copy, base: region.guest_address, sent: 0 }
     }
@@ -110,14 +116,17 @@ fn every_byte_that_is_written_to_the_guest_is_marked() {
     let disk = scratch.image("disk.img", 16 * MIB);
     for options in ["", "cache=direct"] {
         for indirect in [false, true] {
-            let daemon =
-                Daemon::builder(&scratch).disk(&disk, options).arg("--num-queues=2").spawn();
-            migrate(&daemon, indirect);
+            for (log_last, restart) in [(false, false), (true, false), (false, true)] {
+                let daemon =
+                    Daemon::builder(&scratch).disk(&disk, options).arg("--num-queues=2").spawn();
+                migrate(&daemon, indirect, log_last, restart);
+            }
         }
     }
 }
 
-fn migrate(daemon: &Daemon, indirect: bool) {
+/// `log_last`: the log comes when the feature is there. `restart`: the request queues start when both are.
+fn migrate(daemon: &Daemon, indirect: bool, log_last: bool, restart: bool) {
     let builder = FrontEnd::builder().queues(QUEUES);
     let protocol = protocol_feature::MQ | protocol_feature::REPLY_ACK | protocol_feature::LOG_SHMFD;
     let fe = builder.protocol(protocol).connect(daemon);
@@ -136,7 +145,14 @@ fn migrate(daemon: &Daemon, indirect: bool) {
             reads.push((queue, fe.queue(queue).enqueue(&request.exchange())));
         }
     }
-    let mut migration = Migration::begin(&fe);
+    let mut migration = Migration::begin(&fe, log_last);
+    if restart {
+        for queue in FIRST_REQUEST_QUEUE..FIRST_REQUEST_QUEUE + QUEUES {
+            let base = fe.stop_queue(queue);
+            fe.start_queue(queue, base);
+        }
+        fe.barrier();
+    }
     for queue in FIRST_REQUEST_QUEUE..FIRST_REQUEST_QUEUE + QUEUES {
         fe.queue(queue).publish();
     }

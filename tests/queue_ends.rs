@@ -444,3 +444,152 @@ fn functions_beside_the_end_of_a_connection() {
     println!("{early} rounds with functions answered before the end, {late} without");
     assert!(early > 0 && late > 0, "nothing was proved");
 }
+
+/// Rings that their front end has taken back hold up no function: a guest may start fewer of them the next time.
+#[test]
+fn functions_do_not_wait_for_rings_that_were_taken_back() {
+    for reset in [false, true] {
+        let scratch = Scratch::new();
+        images(&scratch);
+        let served = daemon(&scratch, 2, "");
+        let mut fe = FrontEnd::builder().queues(2).connect(&served);
+        fe.ready_lun(0, 0);
+        if reset {
+            fe.set(request::RESET_DEVICE, &[], &[], true);
+            fe.reset_queues();
+            fe.start_only(Some(&[CONTROL_QUEUE, 1, REQUESTS]));
+            fe.start();
+        } else {
+            fe.stop_queue(REQUESTS + 1);
+        }
+        let lun = fe.ready_lun(0, 0);
+        for function in [Tmf::AbortTask, Tmf::ClearTaskSet, Tmf::LogicalUnitReset] {
+            assert_eq!(fe.tmf(function, lun.address, 0), response::FUNCTION_COMPLETE);
+        }
+    }
+}
+
+/// Without memory for requests in flight nobody takes a function over: it is answered before the connection ends.
+#[test]
+fn a_function_that_nobody_takes_over_is_answered() {
+    let scratch = Scratch::new();
+    images(&scratch);
+    let served = daemon(&scratch, 1, "fault=write:stall-ms-2000*1");
+    let fe = FrontEnd::builder().queues(1).connect(&served);
+    let lun = fe.ready_lun(0, 0);
+    let write = hang(&fe, &lun);
+    let answer = fe.queue(CONTROL_QUEUE).submit(&Tmf::LogicalUnitReset.exchange(lun.address, 0));
+    eventually("the function is taken", || {
+        let queue = fe.queue(CONTROL_QUEUE);
+        queue.ring().avail_event() == queue.ring().published()
+    });
+    fe.hang_up();
+    eventually("the end of the connection", || {
+        let log = served.log();
+        log.contains("front end is gone") || log.contains("connection ended")
+    });
+    let done = fe.queue(CONTROL_QUEUE).try_take(answer).expect("answered at the end");
+    assert_eq!(tmf_response(&done), response::FUNCTION_COMPLETE);
+    assert!(fe.queue(REQUESTS).try_take(write).is_some(), "ended before the function");
+}
+
+/// A front end that sees its connection end takes what is answered by then for all there is.
+#[test]
+fn a_connection_is_closed_when_all_is_answered() {
+    let scratch = Scratch::new();
+    images(&scratch);
+    let served = daemon(&scratch, 1, "fault=write:stall-ms-2000*1");
+    let fe = FrontEnd::builder().queues(1).connect(&served);
+    let lun = fe.ready_lun(0, 0);
+    let write = hang(&fe, &lun);
+    let socket = fe.channel().socket().try_clone().unwrap();
+    socket.shutdown(std::net::Shutdown::Write).unwrap();
+    socket.set_nonblocking(false).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert!(matches!(std::io::Read::read(&mut &socket, &mut [0; 8]), Ok(0)));
+    assert!(fe.queue(REQUESTS).try_take(write).is_some(), "it was answered later");
+}
+
+/// What lies in a ring that rests for a while is in its task set: a function waits for the ring.
+#[test]
+fn a_function_waits_for_a_ring_that_rests() {
+    let scratch = Scratch::new();
+    images(&scratch);
+    let served = daemon(&scratch, 2, "");
+    let fe = FrontEnd::builder().queues(2).connect(&served);
+    let lun = fe.ready_lun(0, 0);
+    fe.enable_queue(REQUESTS + 1, false);
+    let read = lun.request(cdb::read16(8, 8)).data_in(BLOCK).tag(9);
+    let read = fe.submit(REQUESTS + 1, &read);
+    let answer = fe.queue(CONTROL_QUEUE).submit(&Tmf::AbortTask.exchange(lun.address, 9));
+    std::thread::sleep(A_MOMENT);
+    assert!(fe.queue(CONTROL_QUEUE).try_take(answer).is_none(), "answered before the ring runs");
+    fe.enable_queue(REQUESTS + 1, true);
+    let done = fe.queue(CONTROL_QUEUE).wait(answer);
+    assert_eq!(tmf_response(&done), response::FUNCTION_COMPLETE);
+    let read = fe.queue(REQUESTS + 1).try_take(read).expect("ended before the function");
+    assert_eq!(ScsiResponse::parse(&read).response, response::ABORTED);
+}
+
+/// The same while the ring is only coming to rest: the function does not wait for what hangs there, and what lies there ends
+/// unbegun when it starts again.
+#[test]
+fn what_lies_in_a_ring_that_stops_ends_with_its_function() {
+    for _ in 0..10 {
+        let scratch = Scratch::new();
+        images(&scratch);
+        let served = daemon(&scratch, 2, "fault=write:stall-ms-4000*1");
+        let fe = FrontEnd::builder().queues(2).connect(&served);
+        let (hangs, unit) = (fe.ready_lun(0, 0), fe.ready_lun(0, 1));
+        let write = hang(&fe, &hangs);
+        let read = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                fe.enable_queue(REQUESTS, false);
+                fe.barrier();
+            });
+            std::thread::sleep(A_MOMENT);
+            let read = unit.request(cdb::read16(8, 8)).data_in(BLOCK).tag(9);
+            let read = fe.submit(REQUESTS, &read);
+            let code = fe.tmf(Tmf::AbortTask, unit.address, 9);
+            assert_eq!(code, response::FUNCTION_COMPLETE);
+            read
+        });
+        fe.wait(write);
+        fe.enable_queue(REQUESTS, true);
+        let read = fe.wait(read);
+        // If it was taken after all, the ring had not begun to stop by then.
+        if !read.is_good() {
+            assert_eq!(read.response, response::ABORTED);
+            assert_same(&read.buffer, &[POISON; BLOCK], "a command that has not begun");
+            return;
+        }
+    }
+    panic!("nothing was proved");
+}
+
+/// What a process has left in flight is of the life of the guest that ends with a reset of the device, even if its ring looks
+/// the same afterwards.
+#[test]
+fn what_was_left_in_flight_ends_with_a_reset() {
+    let scratch = Scratch::new();
+    images(&scratch);
+    let mut served = daemon(&scratch, 1, "fault=write:stall-ms-60000*1");
+    let mut fe = FrontEnd::builder().queues(1).inflight().connect(&served);
+    let write = {
+        let lun = fe.ready_lun(0, 0);
+        hang(&fe, &lun)
+    };
+    served.kill();
+    let served = daemon(&scratch, 1, "");
+    fe.reconnect_without_enabling(&served);
+    fe.set(request::RESET_DEVICE, &[], &[], true);
+    fe.start_only(Some(&[CONTROL_QUEUE, 1]));
+    fe.start();
+    let base = fe.queue(REQUESTS).ring().published();
+    fe.start_queue(REQUESTS, base);
+    fe.enable_queue(REQUESTS, true);
+    fe.barrier();
+    fe.lun(0, 0).run(cdb::test_unit_ready());
+    assert!(fe.queue(REQUESTS).try_take(write).is_none(), "it was done again");
+    assert!(!served.log().contains("were left in flight"), "{}", served.log());
+}

@@ -463,6 +463,10 @@ fn reserve_and_release() {
         c.bench.target.power_on(&c.members[2]);
         assert_eq!(c.attentions(2), [0x2900]);
         assert_eq!(status(1, &[0; 6]), Status::Good);
+        assert_eq!(status(2, &reserve), Status::Good);
+        c.bench.target.reset_nexus(&c.members[2], &c.bench.lun);
+        assert_eq!(c.attentions(2), [0x2907]);
+        assert_eq!(status(1, &[0; 6]), Status::Good);
     }
     // CRH: where there are registrations it is GOOD for who is let through, and does nothing.
     c.good(1, REGISTER, 0, 0, 1);

@@ -279,3 +279,64 @@ fn a_thousand_restarts_with_4_and_8_queues() {
 fn a_thousand_restarts_with_16_queues() {
     a_thousand_restarts(16, 250);
 }
+
+/// The first message about a ring is enough for functions to wait for it.
+#[test]
+fn a_function_waits_for_a_ring_that_is_told_of() {
+    let scratch = Scratch::new();
+    images(&scratch);
+    let served = daemon(&scratch, 2, "");
+    let fe = FrontEnd::builder().queues(2).connect(&served);
+    let lun = fe.ready_lun(0, 0);
+    for message in [RingMessage::Num, RingMessage::Base, RingMessage::Addr, RingMessage::Kick] {
+        let base = fe.stop_queue(REQUESTS + 1);
+        let read = lun.request(cdb::read16(8, 8)).data_in(BLOCK).tag(9);
+        let read = fe.submit(REQUESTS + 1, &read);
+        fe.tell(REQUESTS + 1, message, base);
+        fe.barrier();
+        let answer = fe.queue(CONTROL_QUEUE).submit(&Tmf::AbortTask.exchange(lun.address, 9));
+        std::thread::sleep(A_MOMENT);
+        let early = fe.queue(CONTROL_QUEUE).try_take(answer);
+        assert!(early.is_none(), "{message:?}: answered before the ring starts");
+        fe.start_queue(REQUESTS + 1, base);
+        let done = fe.queue(CONTROL_QUEUE).wait(answer);
+        assert_eq!(tmf_response(&done), response::FUNCTION_COMPLETE);
+        let read = fe.queue(REQUESTS + 1).try_take(read).expect("ended before the function");
+        let read = ScsiResponse::parse(&read);
+        assert_never_began(&read, response::ABORTED, &format!("{message:?}"));
+    }
+}
+
+/// The reset of a disk by another guest ends what lies in rings that rest while others run, and in those of a guest none of
+/// whose rings is told of yet.
+#[test]
+fn a_reset_by_another_guest_reaches_rings_that_do_not_run() {
+    for rests in [true, false] {
+        let scratch = Scratch::new();
+        images(&scratch);
+        let served = daemon(&scratch, 2, "");
+        let fe = FrontEnd::builder().queues(2).connect(&served);
+        let lun = fe.ready_lun(0, 0);
+        let mut stream = None;
+        eventually("the second socket", || {
+            stream = UnixStream::connect(scratch.join("other.sock")).ok();
+            stream.is_some()
+        });
+        let other = FrontEnd::builder().queues(1).attach(stream.unwrap(), served.diagnosis());
+        let unit = other.ready_lun(0, 0);
+        match rests {
+            true => fe.enable_queue(REQUESTS + 1, false),
+            false => drop(fe.stop()),
+        }
+        let read = lun.request(cdb::read16(8, 8)).data_in(BLOCK);
+        let read = fe.submit(REQUESTS + 1, &read);
+        let code = other.tmf(Tmf::LogicalUnitReset, unit.address, 0);
+        assert_eq!(code, response::FUNCTION_COMPLETE);
+        match rests {
+            true => fe.enable_queue(REQUESTS + 1, true),
+            false => fe.start(),
+        }
+        let read = ScsiResponse::parse(&fe.queue(REQUESTS + 1).wait(read));
+        assert_never_began(&read, response::RESET, "the disk was reset");
+    }
+}

@@ -1297,6 +1297,44 @@ fn a_ring_that_runs_may_be_told_another_size_or_base() {
     round_trip(&lun, 0, 64, 2);
 }
 
+/// From then on it is the new one that is waited for.
+#[test]
+fn a_ring_that_runs_may_be_told_another_kick() {
+    use std::os::fd::AsRawFd;
+    let daemon = Daemon::with_disk(DISK, "");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    round_trip(&lun, 0, 64, 1);
+    let kick = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    let payload = (REQUESTS as u64).to_ne_bytes();
+    fe.set(request::SET_VRING_KICK, &payload, &[kick.as_raw_fd()], true);
+    fe.barrier();
+    for _ in 0..10 {
+        let ticket = {
+            let mut queue = fe.queue(REQUESTS);
+            let ticket = queue.enqueue(&lun.request(cdb::test_unit_ready()).exchange());
+            queue.ring_mut().publish();
+            ticket
+        };
+        kick.write(1).unwrap();
+        fe.wait(ticket).expect_good();
+    }
+}
+
+/// With memory for requests in flight it is that which says where a ring goes on; a ring that runs is not disturbed.
+#[test]
+fn a_ring_that_runs_with_memory_for_requests_in_flight_keeps_its_base() {
+    let daemon = Daemon::with_disk(DISK, "");
+    let fe = FrontEnd::builder().queues(1).inflight().connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    round_trip(&lun, 0, 64, 1);
+    for base in [0, 7] {
+        fe.tell(REQUESTS, RingMessage::Base, base);
+        fe.barrier();
+        round_trip(&lun, 0, 64, base.into());
+    }
+}
+
 /// Bit 8 of the payload: no descriptor, so that the device has to look for itself.
 #[test]
 fn a_queue_without_a_kick_descriptor_is_polled() {

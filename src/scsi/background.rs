@@ -828,7 +828,128 @@ impl Work {
 
 #[cfg(test)]
 mod tests {
+    use super::super::address::LunNumber;
+    use super::super::{LunSettings, Target};
     use super::*;
+    use crate::store::mem::MemStore;
+
+    fn lun() -> Arc<Lun> {
+        let settings = LunSettings {
+            target: 0,
+            lun: LunNumber::MIN,
+            serial: "X".into(),
+            naa: vec![0x30; 8],
+            block_size: 512,
+            physical_block_size: 512,
+            rotational: false,
+            discard: true,
+            discard_granularity: 512,
+            detect_zeroes: Default::default(),
+            write_cache: true,
+        };
+        Arc::new(Lun::new(settings, 0, Arc::new(MemStore::new(1 << 20))).unwrap())
+    }
+
+    /// Who waits for an operation to stop does not wait for its end when another initiator has come meanwhile.
+    #[test]
+    fn nobody_waits_for_what_goes_on_because_commands_can_come_again() {
+        let lun = lun();
+        lun.background().become_state(State::Running(Work::Format(Fill::Deallocated)));
+        lun.background().leave();
+        let on = Arc::clone(&lun);
+        let (left, leaves) = mpsc::channel();
+        std::thread::spawn(move || {
+            on.background().wait_until_left();
+            left.send(()).unwrap();
+        });
+        assert!(leaves.recv_timeout(Duration::from_millis(200)).is_err(), "it goes on");
+        take_over(&lun);
+        leaves.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert_eq!(*lun.background().state(), State::Running(Work::Format(Fill::Deallocated)));
+    }
+
+    /// With the first way that commands can come the disk is taken over, and with no other.
+    #[test]
+    fn a_disk_is_taken_over_once() {
+        let lun = lun();
+        let target = Target::new(vec![Arc::clone(&lun)], 2);
+        let takeovers = || lun.background().takeovers.load(Ordering::Acquire);
+        for (begin, expected) in [(true, 1), (true, 1), (false, 1), (true, 1), (false, 1)] {
+            if begin {
+                target.begin_service()
+            } else {
+                target.end_service()
+            }
+            assert_eq!(takeovers(), expected);
+            lun.background().check(Tolerance::Never).unwrap();
+        }
+        target.end_service();
+        target.begin_service();
+        assert_eq!(takeovers(), 2);
+    }
+
+    /// What was found out is put into force if it was found out for this time, and commands can come.
+    #[test]
+    fn what_was_found_out_for_another_time_is_not_put_into_force() {
+        let (lun, unknown) = (lun(), State::Unknown { known: false });
+        let background = lun.background();
+        let state = || background.state().clone();
+        background.become_state(unknown.clone());
+        take_over(&lun);
+        background.leave();
+        assert!(!background.is_known(1), "nobody is there");
+        take_over(&lun);
+        assert!(!background.is_known(1) && state() == unknown, "it was for another");
+        assert!(background.is_known(2));
+        assert_eq!(state(), State::Unknown { known: true });
+        // That is waited for: it changes what is noted.
+        background.leave();
+        let on = Arc::clone(&lun);
+        let (left, leaves) = mpsc::channel();
+        std::thread::spawn(move || {
+            on.background().wait_until_left();
+            left.send(()).unwrap();
+        });
+        assert!(leaves.recv_timeout(Duration::from_millis(200)).is_err());
+        background.become_state(State::Idle);
+        leaves.recv_timeout(Duration::from_secs(60)).unwrap();
+    }
+
+    /// If commands can come again by the time an operation has stopped, it goes on.
+    #[test]
+    fn an_operation_that_has_stopped_for_nobody_goes_on() {
+        let lun = lun();
+        let background = lun.background();
+        let work = Work::Format(Fill::Anchored);
+        background.become_state(State::Running(work.clone()));
+        background.leave();
+        let state = background.state();
+        let on = Arc::clone(&lun);
+        let operation = Operation { work, from: Position::default(), mark: None };
+        let thread = std::thread::spawn(move || carry_out(&on, operation));
+        // It has noted how far it is, and has not seen yet that this is for nothing.
+        while lun.store().notes().get(NOTE).is_none() {
+            std::thread::yield_now();
+        }
+        background.served.store(true, Ordering::Release);
+        drop(state);
+        thread.join().unwrap();
+        assert_eq!(*background.state(), State::Idle);
+    }
+
+    /// If everybody has left before it is found out what is noted, the next one who comes has it found out.
+    #[test]
+    fn what_nobody_waits_for_is_found_out_for_the_next() {
+        let lun = lun();
+        let background = lun.background();
+        background.become_state(State::Unknown { known: false });
+        background.leave();
+        find_out(&lun);
+        assert_eq!(*background.state(), State::Idle);
+        take_over(&lun);
+        background.wait_until_known(Instant::now() + Duration::from_secs(60));
+        background.check(Tolerance::Never).unwrap();
+    }
 
     #[test]
     fn work_is_noted_and_understood_again() {

@@ -487,7 +487,11 @@ impl Store for Exclusion {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::store::faults::Faults;
+    use crate::store::file::{FileStore, OpenOptionsFor};
     use crate::store::mem::MemStore;
 
     fn exclusion() -> Exclusion {
@@ -629,6 +633,159 @@ mod tests {
         assert_eq!(names(&log), "gfe");
         "gfe".chars().for_each(end);
         assert!(is_idle(&store));
+    }
+
+    /// Of those who can be together none waits for another, nor for one who waits.
+    #[test]
+    fn those_who_can_be_together_overtake_each_other() {
+        let (store, log) = (exclusion(), Log::default());
+        want(&store, &log, 'a', Mode::Alone, 0..8);
+        want(&store, &log, 'b', Mode::Together, 4..12);
+        want(&store, &log, 'c', Mode::Together, 8..16);
+        assert_eq!(names(&log), "ac");
+        "ac".chars().for_each(|who| end(&store, &log, who));
+        assert_eq!(names(&log), "b");
+        end(&store, &log, 'b');
+        assert!(is_idle(&store));
+    }
+
+    /// Who ends gives back what he has, and nothing of others.
+    #[test]
+    fn each_holds_until_it_ends_itself() {
+        let (store, log) = (exclusion(), Log::default());
+        alone(&store, 512..520, |_| {});
+        want(&store, &log, 'a', Mode::Together, 0..8);
+        want(&store, &log, 'b', Mode::Together, 0..8);
+        want(&store, &log, 'c', Mode::Alone, 4..8);
+        for (who, next) in [('b', "a"), ('a', "c"), ('c', "")] {
+            assert!(store.is_in_use());
+            end(&store, &log, who);
+            assert_eq!(names(&log), next);
+        }
+        assert!(is_idle(&store) && !store.is_in_use());
+    }
+
+    /// All that reads or changes the store, called without a hold, waits for whoever is alone where it reads or writes.
+    #[test]
+    fn every_method_waits_for_one_who_is_alone() {
+        type Call = fn(&Exclusion);
+        let calls: [(&str, Call); 9] = [
+            ("read", |store| store.read(4, &Buffers::zeroed(8).unwrap()).unwrap()),
+            ("read_medium", |store| store.read_medium(4, &Buffers::zeroed(8).unwrap()).unwrap()),
+            ("write", |store| set(store, 4, 1)),
+            ("overwrite", |store| store.overwrite(0, &Buffers::zeroed(8).unwrap()).unwrap()),
+            ("write_whole", |store| store.write_whole(0, &Buffers::zeroed(512).unwrap()).unwrap()),
+            ("deallocate", |store| store.deallocate(0..4096).unwrap()),
+            ("reserve", |store| store.reserve(0..4096).unwrap()),
+            ("snapshot", |store| drop(store.snapshot(&[0..4096, 8192..8200], &mut |_| true))),
+            ("take", |store| {
+                let _ = store.take(store.file().unwrap(), 0, 8192, 4096, Method::Offload);
+            }),
+        ];
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let plain =
+            OpenOptionsFor { read_only: false, direct: false, block_size: 512, locking: false };
+        for (name, call) in calls {
+            let of_file = Arc::new(FileStore::open(file.path(), &plain).unwrap());
+            let (store, log) = (Arc::new(Exclusion::around(of_file)), Log::default());
+            want(&store, &log, 'a', Mode::Alone, 0..8);
+            let of_thread = Arc::clone(&store);
+            let thread = std::thread::spawn(move || call(&of_thread));
+            while store.state().waiting.is_empty() {
+                assert!(!thread.is_finished(), "{name} did not wait");
+                std::thread::yield_now();
+            }
+            end(&store, &log, 'a');
+            thread.join().unwrap();
+            assert!(is_idle(&store), "{name}");
+        }
+    }
+
+    /// What is under way has its range until it is over: nothing changes there any more for one who is alone.
+    #[test]
+    fn nothing_changes_for_one_who_is_alone() {
+        // In memory, where a write can always be made at once.
+        let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        let plain =
+            OpenOptionsFor { read_only: false, direct: false, block_size: 512, locking: false };
+        let write = |store: &Exclusion| set(store, 0, 1);
+        let try_now = |store: &Exclusion| {
+            let from = Buffers::copy_of(&1u64.to_be_bytes()).unwrap();
+            let write = Operation::Write { offset: 0, from, durability: Durability::Cached };
+            // `None` if the range is another's.
+            let _ = store.try_now(&write);
+        };
+        for call in [write as fn(&Exclusion), try_now] {
+            file.as_file().set_len(0).unwrap();
+            file.as_file().set_len(4096).unwrap();
+            let of_file = FileStore::open(file.path(), &plain).unwrap();
+            let slow = Faults::new(of_file, vec!["write:stall-ms-300".parse().unwrap()]);
+            let store = Arc::new(Exclusion::around(Arc::new(slow)));
+            // From now on each is listed.
+            alone(&store, 512..520, |_| {});
+            let of_thread = Arc::clone(&store);
+            let thread = std::thread::spawn(move || call(&of_thread));
+            std::thread::sleep(Duration::from_millis(50));
+            alone(&store, 0..8, |store| {
+                let before = number(store, 0);
+                std::thread::sleep(Duration::from_millis(500));
+                assert_eq!(number(store, 0), before);
+            });
+            thread.join().unwrap();
+            assert!(is_idle(&store));
+        }
+    }
+
+    /// One begins as one who is only counted while the first comes who wants to be alone: whoever is second sees the other.
+    #[test]
+    fn the_first_who_is_alone_meets_nobody() {
+        const ROUNDS: usize = 5_000;
+        let store: Arc<dyn Store> = Arc::new(MemStore::new(512));
+        let all: Vec<_> = (0..ROUNDS).map(|_| Exclusion::around(Arc::clone(&store))).collect();
+        let inside: Vec<_> = (0..ROUNDS).map(|_| AtomicUsize::new(0)).collect();
+        let arrived: Vec<_> = (0..ROUNDS).map(|_| AtomicUsize::new(0)).collect();
+        let met = AtomicUsize::new(0);
+        // Both begin each round as nearly together as can be, the one or the other a little later.
+        let begin = |round: usize, later: usize| {
+            arrived[round].fetch_add(1, Ordering::SeqCst);
+            for looks in 0.. {
+                match arrived[round].load(Ordering::SeqCst) {
+                    2 => break,
+                    _ if looks > 10_000 => std::thread::yield_now(),
+                    _ => std::hint::spin_loop(),
+                }
+            }
+            (0..later).for_each(|_| std::hint::spin_loop());
+        };
+        let alone_in = |store: &Exclusion, round: usize, hold: Hold| {
+            met.fetch_add(inside[round].fetch_add(1, Ordering::SeqCst), Ordering::SeqCst);
+            (0..50).for_each(|_| std::hint::spin_loop());
+            inside[round].fetch_sub(1, Ordering::SeqCst);
+            store.let_go(hold);
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for (round, store) in all.iter().enumerate() {
+                    begin(round, round % 61);
+                    if let Some(hold) = store.hold_now(slice::from_ref(&(0..8))) {
+                        alone_in(store, round, hold);
+                    }
+                }
+            });
+            for (round, store) in all.iter().enumerate() {
+                begin(round, round % 13);
+                let (had, waits) = mpsc::channel();
+                let granted: Granted = Box::new(move |hold| drop(had.send(hold)));
+                let hold = match store.hold(Mode::Alone, slice::from_ref(&(0..8)), granted) {
+                    Wanted::Had(hold, _) => hold,
+                    Wanted::Waits(_) => waits.recv().unwrap(),
+                };
+                alone_in(store, round, hold);
+            }
+        });
+        assert_eq!(met.into_inner(), 0, "two at once");
+        assert!(all.iter().all(is_idle));
     }
 
     /// Who waits no longer is not in the way of others, and gets nothing.

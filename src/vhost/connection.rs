@@ -341,12 +341,6 @@ impl Connection {
     }
 }
 
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.stop_all(true);
-    }
-}
-
 /// Hands an event to the event queue, if it runs.
 pub(super) fn send_event(queues: &Queues, event: Event) {
     queues.send(EVENT_QUEUE, Message::Event(event));

@@ -35,6 +35,9 @@ mod state {
 /// The only version there is.
 const VERSION: u16 = 1;
 
+/// The head of no chain: what LAST_BATCH_HEAD says as long as nothing was ever answered.
+const NOTHING: u16 = u16::MAX;
+
 /// Queues do not share cache lines.
 const ALIGNMENT: usize = 64;
 
@@ -141,8 +144,8 @@ impl Inflight {
             .map(|head| (self.load::<AtomicU64>(head, state::COUNTER).unwrap_or(0), head))
             .collect();
         left.sort_unstable();
-        if !near || left.len() > available.len() || self.is_of_another_start(used, &left, available)
-        {
+        let another = self.is_of_another_start(noted, used, &left, available);
+        if !near || left.len() > available.len() || another {
             log::info!(
                 "queue {}: {} requests in flight are of an earlier life of the guest and are dropped",
                 self.queue,
@@ -162,11 +165,18 @@ impl Inflight {
         Some(left.into_iter().map(|(_, head)| head).collect())
     }
 
-    /// Nothing was ever answered, so that what was taken are the first entries of the available ring; and it is not.
-    fn is_of_another_start(&self, used: u16, left: &[(u64, u16)], available: &[u16]) -> bool {
-        let first = (0..).zip(left).all(|(rank, (counter, _))| *counter == rank);
+    /// Nothing was ever answered, so that the index stays where it was and what was taken from a new ring are the first
+    /// entries of the available ring; and it is not so.
+    fn is_of_another_start(
+        &self,
+        noted: u16,
+        used: u16,
+        left: &[(u64, u16)],
+        available: &[u16],
+    ) -> bool {
+        let unanswered = self.header(header::LAST_BATCH_HEAD) == Some(NOTHING);
         let same = left.iter().zip(available).all(|((_, head), given)| head == given);
-        used == 0 && self.header(header::USED_IDX) == Some(0) && first && !same
+        unanswered && (used != noted || used == 0 && !same)
     }
 
     /// Fresh memory.
@@ -176,6 +186,7 @@ impl Inflight {
         compiler_fence(Ordering::SeqCst);
         (0..self.size).for_each(|head| self.set_in_flight(head, false));
         self.set_header(header::DESC_NUM, self.size);
+        self.set_header(header::LAST_BATCH_HEAD, NOTHING);
         self.set_header(header::USED_IDX, used);
         compiler_fence(Ordering::SeqCst);
         self.set_header(header::VERSION, VERSION);
@@ -184,13 +195,10 @@ impl Inflight {
     /// The index in the used ring moved, and the process ended before it had noted what that was for: those
     /// chains were answered.
     fn end_last_batch(&self, noted: u16, used: u16) {
-        let mut head = self.header(header::LAST_BATCH_HEAD).unwrap_or(0);
+        let mut head = self.header(header::LAST_BATCH_HEAD).unwrap_or(NOTHING);
         for _ in 0..used.wrapping_sub(noted).min(self.size) {
-            if head >= self.size {
-                break;
-            }
             self.set_in_flight(head, false);
-            head = self.load::<AtomicU16>(head, state::NEXT).unwrap_or(self.size);
+            head = self.load::<AtomicU16>(head, state::NEXT).unwrap_or(NOTHING);
         }
     }
 
@@ -204,7 +212,7 @@ impl Inflight {
 
     /// A chain was put into the used ring, where the driver does not see it yet.
     pub(super) fn give(&mut self, head: u16) {
-        let last = self.header(header::LAST_BATCH_HEAD).unwrap_or(0);
+        let last = self.header(header::LAST_BATCH_HEAD).unwrap_or(NOTHING);
         self.store::<AtomicU16>(head, state::NEXT, last);
         compiler_fence(Ordering::SeqCst);
         self.set_header(header::LAST_BATCH_HEAD, head);
@@ -347,12 +355,20 @@ mod tests {
             heads.iter().for_each(|head| queue.take(*head));
             (region.queue(0, 8).unwrap(), region)
         };
-        let cases: [(&str, u16, u16, &[u16], bool); 7] = [
+        let cases: [(&str, u16, u16, &[u16], bool); 9] = [
             ("the same ring", 100, 100, &[2, 1], true),
             ("the same ring, with more", 100, 100, &[2, 1, 5], true),
             ("a new ring, empty", 0, 0, &[], false),
             ("a new ring with as much in it", 100, 0, &[2, 1], false),
             ("a new ring with less in it", 65535, 0, &[2], false),
+            (
+                "a new ring with more in it where an old one was never answered",
+                65535,
+                0,
+                &[1, 2, 5],
+                false,
+            ),
+            ("a new ring that begins as an old one did", 65535, 0, &[2, 1, 5], false),
             ("an old ring that was never answered", 0, 0, &[2, 1, 5], true),
             ("a new ring where an old one was never answered", 0, 0, &[1, 2, 5], false),
         ];
@@ -364,9 +380,77 @@ mod tests {
             let again = region.queue(0, 8).unwrap().recover(now, available);
             assert_eq!(again, Some(expected.unwrap_or_default()), "{what}");
         }
+        let region = super::tests::region();
+        let mut queue = region.queue(0, 8).unwrap();
+        queue.recover(99, &[]);
+        [7, 2, 1].into_iter().for_each(|head| queue.take(head));
+        queue.give(7);
+        queue.shown(100);
+        assert_eq!(region.queue(0, 8).unwrap().recover(0, &ALL), None, "an old one was answered");
         let (mut next, region) = taken(100, &[2, 1]);
+        region.queue(2, 8).unwrap().recover(100, &[]);
         region.clear();
         assert_eq!(next.recover(100, &ALL), None, "after a reset of the device");
+        assert_eq!(region.queue(2, 8).unwrap().recover(100, &ALL), None, "all queues are reset");
+    }
+
+    /// The index comes to zero again in an old ring, too, where the oldest request may be the one that is not answered.
+    #[test]
+    fn an_index_that_wraps_to_zero_is_no_new_ring() {
+        let region = region();
+        let mut queue = region.queue(0, 8).unwrap();
+        queue.recover(65535, &[]);
+        [5, 2].into_iter().for_each(|head| queue.take(head));
+        queue.give(2);
+        queue.shown(0);
+        assert_eq!(region.queue(0, 8).unwrap().recover(0, &[2]), Some(vec![5]));
+    }
+
+    /// A chain that was answered is the driver's, who may give it again: what was noted of it before is not about that.
+    #[test]
+    fn a_chain_that_comes_again_is_another_request() {
+        let region = region();
+        let next = || region.queue(0, 8).unwrap();
+        let mut queue = next();
+        queue.recover(0, &[]);
+        [2, 1].into_iter().for_each(|head| queue.take(head));
+        queue.give(2);
+        queue.shown(1);
+        queue.take(2);
+        assert_eq!(next().recover(1, &ALL), Some(vec![1, 2]));
+        queue.give(1);
+        queue.shown(2);
+        assert_eq!(next().recover(2, &ALL), Some(vec![2]));
+        // The end of a batch that a process left unnoted is noted once.
+        queue.give(2);
+        let mut queue = next();
+        assert_eq!(queue.recover(3, &ALL), Some(vec![]));
+        queue.take(2);
+        assert_eq!(next().recover(3, &ALL), Some(vec![2]));
+    }
+
+    #[test]
+    fn a_batch_may_be_as_long_as_the_queue() {
+        let region = region();
+        let mut queue = region.queue(0, 8).unwrap();
+        queue.recover(65530, &[]);
+        (0..8).for_each(|head| queue.take(head));
+        (0..8).for_each(|head| queue.give(head));
+        assert_eq!(region.queue(0, 8).unwrap().recover(2, &[]), Some(vec![]));
+    }
+
+    /// What was noted of queues of another size lies elsewhere.
+    #[test]
+    fn what_was_noted_of_another_size_is_not_believed() {
+        let file = Region::create(1, 8).unwrap();
+        let size = Region::len(1, 8) as u64;
+        let region = Region::map(file.try_clone().unwrap(), 0, size, 1, 8).unwrap();
+        let mut queue = region.queue(0, 8).unwrap();
+        queue.recover(7, &[]);
+        queue.take(1);
+        let smaller = Region::map(file, 0, size, 1, 4).unwrap();
+        assert_eq!(smaller.queue(0, 4).unwrap().recover(7, &ALL), None);
+        assert_eq!(smaller.queue(0, 4).unwrap().recover(7, &ALL), Some(vec![]));
     }
 
     #[test]
@@ -379,6 +463,7 @@ mod tests {
         }
         queue.set_header(header::VERSION, VERSION);
         queue.set_header(header::DESC_NUM, 8);
+        queue.set_header(header::LAST_BATCH_HEAD, 0xfeff);
         assert_eq!(region.queue(2, 8).unwrap().recover(6, &ALL), Some(vec![]));
         queue.take(9);
         queue.take(65535);

@@ -358,3 +358,32 @@ impl Event {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::wire::Response;
+    use super::*;
+
+    /// Of what a ring is to be swept for only that is left out which another sweep ends anyway.
+    #[test]
+    fn a_sweep_that_is_kept_stands_for_those_that_it_covers() {
+        let ended = |how| Some(Ended::As(how));
+        let (aborted, reset) = (ended(Response::Aborted), ended(Response::Reset));
+        let mut kept = Vec::new();
+        for (disks, tag, ends_with, expected) in [
+            (vec![0], Some(1), None, 0),
+            (vec![0], Some(1), aborted, 1),
+            (vec![0], Some(2), aborted, 2),
+            (vec![0, 1], None, aborted, 3),
+            (vec![0], Some(3), aborted, 3),
+            (vec![1], None, aborted, 3),
+            (vec![2], None, aborted, 4),
+            (vec![0, 2], None, aborted, 5),
+            (vec![0], None, reset, 6),
+        ] {
+            let sweep = Sweep::new(None, disks.clone(), tag, ends_with, Report::Nobody);
+            keep_unreported(&mut kept, &sweep);
+            assert_eq!(kept.len(), expected, "{disks:?}, {tag:?}, {ends_with:?}");
+        }
+    }
+}

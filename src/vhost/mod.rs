@@ -220,3 +220,24 @@ fn refused(error: io::Error) -> Error {
 fn wrong(what: impl Display) -> Error {
     refused(io::Error::other(what.to_string()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_kept_of_a_connection_that_has_ended() {
+        let target = Arc::new(Target::new(Vec::new(), 1));
+        let offer = Offer {
+            request_queues: 1,
+            config_space: false,
+            engine: EngineKind::Threads,
+            poll: Duration::ZERO,
+        };
+        let device = Arc::new(Device::new(target, offer).unwrap());
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        device.serve(Port(1), &ours);
+        assert!(device.connections.all().is_empty());
+    }
+}

@@ -307,3 +307,122 @@ impl Service for ControlQueue {
         self.pending.len()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::mpsc::Receiver;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::guest_buf::Framing;
+    use super::super::memory::GuestMemory;
+    use super::super::ring::Rules;
+    use super::super::split_ring::Layout;
+    use super::*;
+    use crate::scsi::copy::Start;
+    use crate::scsi::{LunNumber, LunSettings, Port};
+    use crate::store::mem::MemStore;
+
+    const REQUESTS: usize = 2;
+
+    /// A control queue of eight, in which LOGICAL UNIT RESET of a disk is offered, always in the same chain; and a request
+    /// queue that was told of and does not run.
+    struct Rig {
+        control: ControlQueue,
+        ring: Ring,
+        memory: Arc<GuestMemory>,
+        inbox: Receiver<Message>,
+        lun: Arc<Lun>,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let settings = LunSettings {
+                target: 0,
+                lun: LunNumber::MIN,
+                serial: "X".into(),
+                naa: vec![0x30; 8],
+                block_size: 512,
+                physical_block_size: 512,
+                rotational: false,
+                discard: true,
+                discard_granularity: 512,
+                detect_zeroes: Default::default(),
+                write_cache: true,
+            };
+            let lun = Lun::new(settings, 0, Arc::new(MemStore::new(1 << 20))).unwrap();
+            let lun = Arc::new(lun);
+            let target = Arc::new(Target::new(vec![Arc::clone(&lun)], 1));
+            let nexus = target.connect(Port(1));
+            let queues = Arc::new(Queues::new(REQUESTS + 1));
+            queues.told(REQUESTS);
+            let (mailbox, inbox) = Mailbox::new().unwrap();
+            let connections = Arc::new(Connections(Mutex::default()));
+            let control = ControlQueue::new(target, nexus, queues, connections, mailbox);
+            let ranges = [(GuestAddress(0), 0x4000)];
+            let memory = Arc::new(GuestMemory::from_ranges(&ranges).unwrap());
+            let descriptor = |at: u64, address: u64, len: u32, flags: u16, next: u16| {
+                memory.write_obj(address, GuestAddress(at)).unwrap();
+                memory.write_obj(len, GuestAddress(at + 8)).unwrap();
+                memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+                memory.write_obj(next, GuestAddress(at + 14)).unwrap();
+            };
+            descriptor(0, 0x3000, 24, 1, 1);
+            descriptor(16, 0x3100, 1, 2, 0);
+            memory.write_obj(5u32, GuestAddress(0x3004)).unwrap();
+            memory.write_obj([1u8, 0, 0x40, 0], GuestAddress(0x3008)).unwrap();
+            let layout = Layout {
+                size: 8,
+                descriptors: GuestAddress(0),
+                available: GuestAddress(0x1000),
+                used: GuestAddress(0x2000),
+            };
+            let rules = Rules { event_idx: false, framing: Framing::Any };
+            let ring = Ring::new(0, layout, rules, Some(0), &memory, None, None).unwrap();
+            Rig { control, ring, memory, inbox, lun }
+        }
+
+        /// So many have been offered; says how many wait.
+        fn offer(&mut self, index: u16) -> usize {
+            self.memory.write_obj(index, GuestAddress(0x1002)).unwrap();
+            let _ = self.control.advance(&mut self.ring, true);
+            self.control.in_flight()
+        }
+
+        /// What its thread does with its messages; says how many functions have been answered.
+        fn hear(&mut self) -> u16 {
+            while let Ok(message) = self.inbox.try_recv() {
+                self.control.message(&mut self.ring, message);
+            }
+            self.ring.announce();
+            self.memory.read_obj(GuestAddress(0x2002)).unwrap()
+        }
+    }
+
+    /// A driver that offers a chain again before it has it back has no more functions waiting for it.
+    #[test]
+    fn no_more_functions_wait_than_a_ring_holds() {
+        let mut rig = Rig::new();
+        assert_eq!((rig.offer(8), rig.hear()), (8, 0));
+        assert_eq!((rig.offer(16), rig.hear()), (8, 0));
+        rig.control.queues.forget(REQUESTS);
+        assert_eq!((rig.hear(), rig.control.in_flight()), (8, 0));
+    }
+
+    /// One of the commands that a reset ends may have begun a copy after copies were looked for.
+    #[test]
+    fn a_reset_waits_for_a_copy_that_has_begun_meanwhile() {
+        let mut rig = Rig::new();
+        assert_eq!((rig.offer(1), rig.hear()), (1, 0));
+        let start = Start { list_id: Some(1), service_action: 1, hold: true, immediate: true };
+        let (copies, nexus) = (rig.control.target.copies(), &rig.control.nexus);
+        let copy = copies.begin(nexus, &rig.lun, vec![0], &start).unwrap();
+        let found = copies.find(nexus, &rig.lun, 1, 1).unwrap();
+        rig.control.queues.forget(REQUESTS);
+        assert_eq!((rig.hear(), rig.control.in_flight()), (0, 1), "answered before it has ended");
+        assert!(found.shall_end());
+        drop(copy);
+        assert_eq!((rig.hear(), rig.control.in_flight()), (1, 0));
+    }
+}

@@ -290,6 +290,58 @@ mod tests {
         assert!(engine.running.is_empty());
     }
 
+    /// What the pool has not begun is taken back, and nobody waits for the host on its account.
+    #[test]
+    fn what_waits_for_a_thread_is_taken_back() {
+        let wake = Arc::new(EventFd::new().unwrap());
+        let mut engine = ThreadEngine::<u32>::new(Arc::clone(&wake));
+        let store: Arc<dyn Store> = Arc::new(MemStore::new(1 << 20));
+        let (open, gate) = mpsc::channel::<()>();
+        let gate = Arc::new(Mutex::new(gate));
+        // More than there are threads.
+        for n in 0..5 {
+            let gate = Arc::clone(&gate);
+            let work: Work<u32> = Box::new(move |_, _| {
+                gate.lock().unwrap().recv().unwrap();
+                n
+            });
+            engine.spawn(Token(n), &store, Job { need: Need::Nothing, work });
+        }
+        let into = Buffers::zeroed(8).unwrap();
+        engine.submit(Token(9), 0, &store, Operation::Read { offset: 0, into, medium: false });
+        engine.cancel(9);
+        let done = collect(&mut engine, &wake, 1);
+        assert!(done[0].token == Token(9) && matches!(done[0].result, Finished::Withdrawn));
+        (0..5).for_each(|_| open.send(()).unwrap());
+        collect(&mut engine, &wake, 5);
+        assert!(engine.running.is_empty());
+    }
+
+    /// A job that a thread is at is told to stop.
+    #[test]
+    fn a_job_that_has_begun_is_told_to_stop() {
+        let wake = Arc::new(EventFd::new().unwrap());
+        let mut engine = ThreadEngine::<&str>::new(Arc::clone(&wake));
+        let store: Arc<dyn Store> = Arc::new(MemStore::new(4096));
+        for need in
+            [Need::Nothing, Need::Thread, Need::Together(vec![0..8, 16..24]), Need::Alone(0..8)]
+        {
+            let (begun, begins) = mpsc::channel();
+            let work: Work<&str> = Box::new(move |cancel, _| {
+                begun.send(()).unwrap();
+                while !cancel.is_requested() {
+                    std::thread::yield_now();
+                }
+                "stopped"
+            });
+            engine.spawn(Token(7), &store, Job { need, work });
+            begins.recv().unwrap();
+            engine.cancel(7);
+            let done = collect(&mut engine, &wake, 1);
+            assert!(matches!(done[0].result, Finished::Job("stopped")));
+        }
+    }
+
     /// More wait for a range than there are threads, and what wants none of it does not notice. Who waits can be taken
     /// back; the others are done when the range is free.
     #[test]

@@ -493,6 +493,7 @@ mod tests {
     use super::*;
     use crate::store::Buffers;
     use crate::store::file::{FileStore, OpenOptionsFor};
+    use crate::store::mem::MemStore;
 
     /// Runs operations and returns what came of each, by token.
     fn run(
@@ -571,6 +572,31 @@ mod tests {
                     assert!(into.to_vec(4096) == expected, "{kind:?}, direct {direct}: block {n}");
                 }
             }
+        }
+    }
+
+    /// What its thread has left, and could not do at once, is not done any more if it was to end meanwhile.
+    #[test]
+    fn what_was_left_can_be_ended() {
+        for ends in [false, true] {
+            let store: Arc<dyn Store> = Arc::new(MemStore::new(4096));
+            let wake = Arc::new(EventFd::new().unwrap());
+            let mut engine = UringEngine::<()>::new(Arc::clone(&wake), EngineKind::Threads);
+            let left = engine.leave(Token(3), &store);
+            if ends {
+                engine.cancel(3);
+            }
+            let from = Buffers::copy_of(&[7; 512]).unwrap();
+            let write = Operation::Write { offset: 0, from, durability: Durability::Cached };
+            left.finish(write, None);
+            let mut done = Vec::new();
+            engine.completions(&mut done);
+            let expected = if ends { Err(Cause::Cancelled.into()) } else { Ok(()) };
+            assert!(done.len() == 1 && done[0].token == Token(3));
+            assert!(matches!(&done[0].result, Finished::Operation(result) if *result == expected));
+            let found = Buffers::zeroed(512).unwrap();
+            store.read(0, &found).unwrap();
+            assert_eq!(found.to_vec(512), [if ends { 0 } else { 7 }; 512]);
         }
     }
 
