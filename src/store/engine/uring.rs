@@ -617,5 +617,13 @@ mod tests {
         let read = Operation::Read { offset: 0, into, medium: false };
         assert_eq!(outcome(&read, 512), Some(Ok(())));
         assert_eq!((outcome(&read, 511), outcome(&read, -libc::EIO)), (None, None));
+        // A part of a read is read again, and of a write what is left.
+        assert_eq!(rest(read, 511).range(), 0..512);
+        let write = |result| {
+            let from = Buffers::zeroed(8192).unwrap();
+            rest(Operation::Write { offset: 512, from, durability: Durability::Cached }, result)
+        };
+        assert_eq!(write(4096).range(), 4608..8704);
+        assert_eq!(write(-libc::EAGAIN).range(), 512..8704);
     }
 }
