@@ -114,9 +114,9 @@ impl Operation {
         change(&mut self.lock());
     }
 
-    /// Whether it shall end: it was told to, or its initiator is gone.
+    /// Whether it was told to end, as it is when its initiator goes.
     pub fn shall_end(&self) -> bool {
-        self.cancel.is_requested() || self.owner.strong_count() == 0
+        self.cancel.is_requested()
     }
 
     /// Whether this initiator has asked for it.
@@ -231,7 +231,6 @@ impl CopyManager {
     ) -> Result<Running, ScsiError> {
         let mut all = self.operations();
         let running = |o: &Operation| o.report().status.is_running();
-        all.retain(|o| o.owner.strong_count() > 0 || running(o));
         let same = |o: &Operation| start.list_id.is_some_and(|id| o.is(nexus, lun, id));
         if all.iter().any(|o| same(o) && running(o)) {
             return Err(ScsiError::illegal(asc::OPERATION_IN_PROGRESS));
