@@ -374,3 +374,118 @@ impl ScsiError {
         }
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::scsi::{LunNumber, LunSettings, Target};
+    use crate::store::mem::MemStore;
+
+    /// A target of two disks for so many initiators.
+    pub(in crate::scsi) fn target(ports: u16) -> Arc<Target> {
+        let disk = |index| {
+            let settings = LunSettings {
+                target: 0,
+                lun: LunNumber::MIN,
+                serial: format!("D{index}"),
+                naa: vec![0x30; 8],
+                block_size: 512,
+                physical_block_size: 512,
+                rotational: false,
+                discard: true,
+                discard_granularity: 512,
+                detect_zeroes: Default::default(),
+                write_cache: true,
+            };
+            Arc::new(Lun::new(settings, index, Arc::new(MemStore::new(1 << 20))).unwrap())
+        };
+        Arc::new(Target::new(vec![disk(0), disk(1)], ports))
+    }
+
+    /// Enters a copy that was asked of a disk.
+    pub(in crate::scsi) fn begin(
+        target: &Target,
+        nexus: &Arc<Nexus>,
+        disk: usize,
+        list_id: u32,
+    ) -> Result<Running, ScsiError> {
+        let start =
+            Start { list_id: Some(list_id), service_action: 1, hold: true, immediate: true };
+        target.copies().begin(nexus, &target.disks()[disk], Vec::new(), &start)
+    }
+
+    #[test]
+    fn a_list_identifier_is_in_use_as_long_as_its_copy() {
+        let target = target(1);
+        let (nexus, disk) = (target.connect(Port(1)), &target.disks()[0]);
+        let first = begin(&target, &nexus, 0, 7).unwrap();
+        let in_use = Err(ScsiError::illegal(asc::OPERATION_IN_PROGRESS));
+        assert_eq!(begin(&target, &nexus, 0, 7).map(drop), in_use);
+        let found = || target.copies().find(&nexus, disk, 7, 0).unwrap();
+        assert!(Arc::ptr_eq(&found(), &first.operation), "and that one can be ended");
+        begin(&target, &nexus, 1, 7).unwrap();
+        begin(&target, &nexus, 0, 8).unwrap();
+        first.run(|_| Ok(())).unwrap();
+        let second = begin(&target, &nexus, 0, 7).unwrap();
+        assert!(Arc::ptr_eq(&found(), &second.operation), "what is told is of the newer one");
+    }
+
+    /// Whatever the initiators' shares, a disk's threads are not all busy with copies.
+    #[test]
+    fn a_disk_is_asked_for_so_many_copies_at_most() {
+        let most = MAX_COPIES as u16;
+        let target = target(most + 1);
+        let all: Vec<_> = (1..=most + 1).map(|port| target.connect(Port(port))).collect();
+        let (last, others) = all.split_last().unwrap();
+        let mut running: Vec<_> =
+            others.iter().map(|nexus| begin(&target, nexus, 0, 1).unwrap()).collect();
+        let too_many = Err(ScsiError::illegal(asc::INSUFFICIENT_RESOURCES));
+        assert_eq!(begin(&target, last, 0, 1).map(drop), too_many);
+        begin(&target, last, 1, 1).unwrap();
+        running.pop();
+        begin(&target, last, 0, 2).unwrap();
+    }
+
+    /// A copy whose host hangs holds up nobody who does not want to wait for it any more.
+    #[test]
+    fn who_waits_for_the_end_of_a_copy_can_be_aborted() {
+        let target = target(1);
+        let nexus = target.connect(Port(1));
+        let running = begin(&target, &nexus, 0, 1).unwrap();
+        let cancel = Cancel::default();
+        cancel.request();
+        let abort = target.copies().abort(&running.operation, &cancel);
+        assert_eq!(abort, Err(ScsiError::Aborted));
+        assert!(running.operation.shall_end(), "all the same");
+    }
+
+    #[test]
+    fn a_copy_that_somebody_wanted_to_end_has_not_failed() {
+        let target = target(1);
+        let nexus = target.connect(Port(1));
+        for (result, status) in [
+            (Ok(()), Status::Done),
+            (Err(ScsiError::Aborted), Status::Terminated),
+            (Err(ScsiError::Busy), Status::Failed),
+        ] {
+            let running = begin(&target, &nexus, 0, 1).unwrap();
+            let operation = Arc::clone(&running.operation);
+            assert_eq!(running.run(|_| result), result);
+            let report = operation.report();
+            assert_eq!((report.status, report.sense.is_some()), (status, status == Status::Failed));
+        }
+        // Its command was taken back before it began.
+        let never = begin(&target, &nexus, 0, 1).unwrap();
+        let operation = Arc::clone(&never.operation);
+        drop(never);
+        assert_eq!(operation.report().status, Status::Terminated);
+        let partly = begin(&target, &nexus, 0, 1).unwrap();
+        let operation = Arc::clone(&partly.operation);
+        let work = |copy: &Operation| {
+            copy.update(|report| report.status = Status::Residual);
+            Ok(())
+        };
+        partly.run(work).unwrap();
+        assert_eq!(operation.report().status, Status::Residual);
+    }
+}
