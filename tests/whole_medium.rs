@@ -14,7 +14,7 @@ use frontend::pattern::assert_same;
 use frontend::scsi::{response, sense};
 use frontend::*;
 use mounts::fuse::Fuse;
-use mounts::{Kind, Mount};
+use mounts::{Kind, Mount, skipped};
 
 const FORMAT_IN_PROGRESS: sense::Code = (2, 4, 4);
 const SANITIZE_IN_PROGRESS: sense::Code = (2, 4, 0x1b);
@@ -203,6 +203,59 @@ fn an_operation_goes_on_after_the_daemon_was_killed() {
         assert_eq!(wait_while(&lun, FORMAT_IN_PROGRESS), None);
         assert!(!notes(&image).exists());
         assert_filled(&image, 0xc3);
+    }
+}
+
+/// The power goes in the middle of an operation, when only its first block is left, or after its end: what is noted of it is
+/// so on the medium.
+#[test]
+fn an_operation_goes_on_after_a_power_cut() {
+    const SIZE: u64 = 16 * MIB;
+    let half = format!("fault=write:delay-ms-300@{}-{SIZE}", SIZE / 2);
+    for kind in [Kind::Ext4, Kind::Xfs] {
+        for (moment, faults) in [
+            ("middle", half.as_str()),
+            ("first block", "fault=write:delay-ms-1500@0-512"),
+            ("end", ""),
+        ] {
+            let Some(mut mount) = Mount::new(kind, 320) else { continue };
+            let image = mount.path().join("disk.img");
+            std::fs::write(&image, vec![7; SIZE as usize]).unwrap();
+            std::fs::File::open(&image).unwrap().sync_all().unwrap();
+            std::fs::File::open(mount.path()).unwrap().sync_all().unwrap();
+            let scratch = Scratch::new();
+            let mut daemon = Daemon::builder(&scratch).disk(&image, faults).spawn();
+            let fe = FrontEnd::connect(&daemon);
+            let lun = fe.ready_lun(0, 0);
+            overwrite(&lun, IMMED, 1, 0x5a).expect_good();
+            let noted = |text: &str| {
+                std::fs::read_to_string(notes(&image)).is_ok_and(|noted| noted.contains(text))
+            };
+            match moment {
+                "middle" => eventually("half of it", || polled(&lun).1 > Some(0x8000)),
+                "first block" => {
+                    eventually("only the first block is left", || noted("operation=running@1."));
+                }
+                _ => assert_eq!(wait_while(&lun, SANITIZE_IN_PROGRESS), None),
+            }
+            if !mount.go_down() {
+                skipped(&format!("{kind:?} cannot be shut down here"));
+                break;
+            }
+            daemon.kill();
+            drop((fe, daemon));
+            mount.remount();
+            let daemon = Daemon::builder(&scratch).disk(&image, "").spawn();
+            let fe = FrontEnd::connect(&daemon);
+            let lun = fe.lun(0, 0);
+            take_attentions(&lun);
+            assert_eq!(wait_while(&lun, SANITIZE_IN_PROGRESS), None, "{kind:?}, {moment}");
+            assert_same(
+                &host_read(&image, 0, SIZE as usize),
+                &vec![0x5a; SIZE as usize],
+                &format!("{kind:?}, {moment}"),
+            );
+        }
     }
 }
 
