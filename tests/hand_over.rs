@@ -243,6 +243,50 @@ fn an_operation_that_dies_in_its_last_block_goes_on() {
     assert_eq!(hosts.noted(), None);
 }
 
+/// Who comes while it makes stable what it has done, to stop then, does not find it stopped for good.
+#[test]
+fn an_operation_that_is_about_to_stop_goes_on_for_who_comes() {
+    let hosts = Hosts::new();
+    let source = hosts.source("fault=write:delay-ms-100+flush:delay-ms-2500");
+    let fe = FrontEnd::connect(&source);
+    let lun = fe.ready_lun(0, 0);
+    overwrite(&lun, 1, 0x5a);
+    wait_for_progress(&lun, 0);
+    drop(fe);
+    // It has made its last step by now, and the host is at the flush.
+    std::thread::sleep(2 * A_MOMENT);
+    let fe = FrontEnd::builder().connect_to(&source, 1);
+    wait_until_ready(&fe.lun(0, 0), SANITIZE_IN_PROGRESS);
+    hosts.assert_filled(0, 0x5a);
+    assert_eq!(hosts.noted(), None);
+}
+
+/// What is noted of it before its first block holds the mark holds for whatever the image holds.
+#[test]
+fn an_operation_that_dies_before_it_has_a_mark_goes_on() {
+    const MARKED: &str = "operation=running#";
+    let hosts = Hosts::new();
+    let mut source = hosts.source("fault=write:delay-ms-3000@0-512");
+    let fe = FrontEnd::connect(&source);
+    overwrite(&fe.ready_lun(0, 0), 1, 0x5a);
+    std::thread::sleep(A_MOMENT);
+    let marked = hosts.noted().expect("it is noted").contains(MARKED);
+    source.kill();
+    drop(fe);
+    if marked {
+        eprintln!("NOT PROVED: it had its mark already");
+    }
+    let next = hosts.source(SLOW);
+    let fe = FrontEnd::connect(&next);
+    let lun = fe.lun(0, 0);
+    take_attentions(&lun);
+    // An image that takes this one's place is known by it from now on.
+    eventually("it has a mark", || hosts.noted().is_some_and(|noted| noted.contains(MARKED)));
+    wait_until_ready(&lun, SANITIZE_IN_PROGRESS);
+    hosts.assert_filled(0, 0x5a);
+    assert_eq!(hosts.noted(), None);
+}
+
 /// A guest that starts anew finds it further, not begun again.
 #[test]
 fn a_guest_that_reboots_finds_it_where_it_was() {

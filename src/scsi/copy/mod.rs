@@ -430,6 +430,21 @@ pub(super) mod tests {
         assert!(Arc::ptr_eq(&found(), &second.operation), "what is told is of the newer one");
     }
 
+    /// One that begins while others are forgotten can still be asked about, and ended.
+    #[test]
+    fn a_copy_that_runs_is_not_forgotten() {
+        let target = target(1);
+        let nexus = target.connect(Port(1));
+        let (running, ended) = (begin(&target, &nexus, 0, 1), begin(&target, &nexus, 0, 2));
+        ended.unwrap().run(|_| Ok(())).unwrap();
+        target.copies().forget_all(|_| true);
+        let find = |list_id| target.copies().find(&nexus, &target.disks()[0], list_id, 0);
+        assert!(find(1).is_ok() && find(2).is_err());
+        drop(running);
+        target.copies().forget_all(|_| true);
+        assert!(find(1).is_err());
+    }
+
     /// Whatever the initiators' shares, a disk's threads are not all busy with copies.
     #[test]
     fn a_disk_is_asked_for_so_many_copies_at_most() {
