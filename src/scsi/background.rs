@@ -370,7 +370,6 @@ pub fn start(
         let started = Started(background.begun.fetch_add(1, Ordering::AcqRel) + 1);
         (background.put(&mut state, State::Running(work.clone())), started)
     };
-    let noted_before = lun.store().notes().get(NOTE);
     let operation = Operation { work, from: Position::default(), mark: None };
     let on = Arc::clone(lun);
     let prepare = move |operation: &mut Operation| {
@@ -389,9 +388,6 @@ pub fn start(
             Ok(started)
         }
         Err(error) => {
-            if lun.store().notes().get(NOTE) != noted_before {
-                let _ = note(lun, noted_before);
-            }
             background.become_state(before);
             Err(error)
         }
