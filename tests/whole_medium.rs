@@ -305,6 +305,31 @@ fn a_failed_operation_stays_failed_until_it_is_mended() {
     assert!(!notes(&image).exists());
 }
 
+/// What could not be made stable at its end is not begun.
+#[test]
+fn a_disk_that_has_lost_writes_is_not_erased() {
+    let scratch = Scratch::new();
+    let image = scratch.image("disk.img", MIB);
+    std::fs::write(&image, vec![7; MIB as usize]).unwrap();
+    let daemon = Daemon::builder(&scratch).disk(&image, "fault=flush:eio*1").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let lost = lun.run(cdb::synchronize_cache10(0, 0)).sense_code();
+    assert!(lost.is_some_and(|(key, ..)| key == 3), "{lost:x?}");
+    for answer in [
+        overwrite(&lun, 0, 1, 0x5a),
+        overwrite(&lun, IMMED, 1, 0x5a),
+        lun.run(cdb::sanitize(BLOCK_ERASE, 0)),
+        lun.run(cdb::format_unit(0)),
+    ] {
+        assert_eq!(answer.sense_code(), lost);
+    }
+    // It is as it was, and no worse for it.
+    assert_eq!(lun.read16(0, 8), [7; 4096]);
+    assert_filled(&image, 7);
+    assert!(!notes(&image).exists());
+}
+
 /// A budget below the file system's: kept by many writers at once, told as the host's own end would be.
 #[test]
 fn a_space_limit_is_kept() {

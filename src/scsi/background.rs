@@ -779,6 +779,7 @@ impl Work {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scsi::copy::tests::target;
 
     #[test]
     fn work_is_noted_and_understood_again() {
@@ -832,6 +833,107 @@ mod tests {
             let (runs, found) = Operation::decode(text, 512);
             assert!(!runs && found.work == Work::Format(Fill::Deallocated), "{text}");
         }
+    }
+
+    fn format() -> Work {
+        Work::Format(Fill::Anchored)
+    }
+
+    fn sanitize() -> Work {
+        Work::Sanitize { fill: Fill::Anchored, passes: 1, invert: false, unrestricted_exit: false }
+    }
+
+    #[test]
+    fn what_an_operation_lets_in() {
+        use Tolerance::{AfterFailedFormat, Always, Mends, Never};
+        let background = Background::idle();
+        for (state, lets_in) in [
+            (State::Idle, vec![Always, AfterFailedFormat, Never, Mends]),
+            (State::Running(format()), vec![Always]),
+            (State::Left(sanitize()), vec![Always]),
+            (State::Failed(format()), vec![Always, AfterFailedFormat, Mends]),
+            (State::Failed(sanitize()), vec![Always, Mends]),
+            (State::Unknown { known: false }, vec![Always]),
+            (State::Refused, vec![Always]),
+        ] {
+            background.become_state(state.clone());
+            for tolerance in [Always, AfterFailedFormat, Never, Mends] {
+                let checked = background.check(tolerance);
+                assert_eq!(
+                    checked.is_ok(),
+                    lets_in.contains(&tolerance),
+                    "{state:?} {tolerance:?}"
+                );
+                let known = background.check_known(tolerance);
+                let unknown = matches!(state, State::Unknown { .. }) && tolerance != Always;
+                assert_eq!(known, if unknown { Err(ScsiError::Busy) } else { Ok(()) }, "{state:?}");
+            }
+        }
+    }
+
+    /// Who waits is told of his own operation, and can be aborted, whatever the host does.
+    #[test]
+    fn who_waits_for_the_end_does_not_wait_for_ever() {
+        let background = Background::idle();
+        let (going_on, aborted) = (Cancel::default(), Cancel::default());
+        aborted.request();
+        background.become_state(State::Running(format()));
+        assert_eq!(background.wait(Started(0), &aborted), Err(ScsiError::Aborted));
+        background.begun.store(1, Ordering::Release);
+        assert_eq!(background.wait(Started(0), &going_on), Err(ScsiError::Aborted));
+        background.become_state(State::Idle);
+        assert_eq!(background.wait(Started(0), &going_on), Err(ScsiError::Aborted));
+        assert_eq!(background.wait(Started(1), &going_on), Ok(()));
+    }
+
+    /// What was found out for those who had the disk before, and who have let go of it since, is not in force.
+    #[test]
+    fn what_was_found_out_for_an_earlier_time_is_nothing() {
+        let background = Background::idle();
+        background.become_state(State::Unknown { known: false });
+        background.takeovers.store(2, Ordering::Release);
+        assert!(!background.is_known(1));
+        assert_eq!(*background.state(), State::Unknown { known: false });
+        background.leave();
+        assert!(!background.is_known(2));
+        background.served.store(true, Ordering::Release);
+        assert!(background.is_known(2));
+        assert_eq!(*background.state(), State::Unknown { known: true });
+    }
+
+    /// Two who begin at the same time: the second sees what the first has done.
+    #[test]
+    fn who_has_waited_to_begin_looks_again() {
+        let target = target(1);
+        let lun = &target.disks()[0];
+        let background = lun.background();
+        std::thread::scope(|scope| {
+            let alone = background.change();
+            let second = scope.spawn(|| start(lun, format(), || ()));
+            // It has looked once by now, and waits.
+            std::thread::sleep(LOOK * 4);
+            background.become_state(State::Running(sanitize()));
+            drop(alone);
+            assert!(second.join().unwrap().is_err());
+            assert_eq!(*background.state(), State::Running(sanitize()));
+        });
+    }
+
+    #[test]
+    fn an_operation_begins_with_nothing_done() {
+        let target = target(1);
+        let lun = &target.disks()[0];
+        let background = lun.background();
+        background.progress.store(u16::MAX, Ordering::Release);
+        let (go_on, waits) = mpsc::channel::<()>();
+        let started = start(lun, format(), move || {
+            let _ = waits.recv();
+        })
+        .unwrap();
+        let progress = background.sense().and_then(|sense| sense.specific);
+        assert_eq!(progress, Some(KeySpecific::Progress(0)));
+        drop(go_on);
+        background.wait(started, &Cancel::default()).unwrap();
     }
 
     #[test]
