@@ -379,27 +379,35 @@ impl ScsiError {
 pub(super) mod tests {
     use super::*;
     use crate::scsi::{LunNumber, LunSettings, Target};
+    use crate::store::Store;
     use crate::store::mem::MemStore;
+
+    /// A disk of so many bytes a block.
+    pub(in crate::scsi) fn disk(
+        index: usize,
+        block_size: u32,
+        store: impl Store + 'static,
+    ) -> Arc<Lun> {
+        let settings = LunSettings {
+            target: 0,
+            lun: LunNumber::MIN,
+            serial: format!("D{index}"),
+            naa: vec![0x30; 8],
+            block_size,
+            physical_block_size: block_size,
+            rotational: false,
+            discard: true,
+            discard_granularity: 512,
+            detect_zeroes: Default::default(),
+            write_cache: true,
+        };
+        Arc::new(Lun::new(settings, index, Arc::new(store)).unwrap())
+    }
 
     /// A target of two disks for so many initiators.
     pub(in crate::scsi) fn target(ports: u16) -> Arc<Target> {
-        let disk = |index| {
-            let settings = LunSettings {
-                target: 0,
-                lun: LunNumber::MIN,
-                serial: format!("D{index}"),
-                naa: vec![0x30; 8],
-                block_size: 512,
-                physical_block_size: 512,
-                rotational: false,
-                discard: true,
-                discard_granularity: 512,
-                detect_zeroes: Default::default(),
-                write_cache: true,
-            };
-            Arc::new(Lun::new(settings, index, Arc::new(MemStore::new(1 << 20))).unwrap())
-        };
-        Arc::new(Target::new(vec![disk(0), disk(1)], ports))
+        let disks = [0, 1].map(|index| disk(index, 512, MemStore::new(1 << 20)));
+        Arc::new(Target::new(disks.into(), ports))
     }
 
     /// Enters a copy that was asked of a disk.

@@ -330,3 +330,120 @@ fn usable(lun: &Lun, port: Port, conflict: Conflict) -> Result<(), ScsiError> {
     let ready = ready.and_then(|()| lun.reservations().check(port, conflict, &Cdb::new(&[])));
     ready.map_err(|_| copy_aborted(asc::COPY_TARGET_DEVICE_NOT_REACHABLE))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scsi::copy::tests::{begin, disk};
+    use crate::scsi::target::Target;
+    use crate::store::faults::Faults;
+    use crate::store::mem::MemStore;
+    use crate::store::{Buffers, Durability};
+
+    const SIZE: u64 = 1 << 20;
+
+    fn fill(lun: &Lun, byte: u8) {
+        let all = Buffers::copy_of(&vec![byte; SIZE as usize]).unwrap();
+        lun.store().write(0, &all, Durability::Cached).unwrap();
+    }
+
+    fn contents(lun: &Lun) -> Vec<u8> {
+        let all = Buffers::zeroed(SIZE as usize).unwrap();
+        lun.store().read(0, &all).unwrap();
+        all.to_vec(SIZE as usize)
+    }
+
+    /// Runs one segment; what came of it, and the bytes that were told.
+    fn run_one(from: &Arc<Lun>, to: &Arc<Lun>, what: What) -> (Result<(), ScsiError>, u64) {
+        let target = Arc::new(Target::new(vec![Arc::clone(from), Arc::clone(to)], 1));
+        let nexus = target.connect(Port(1));
+        let running = begin(&target, &nexus, 0, 1).unwrap();
+        let segment =
+            Segment { source: Some(Arc::clone(from)), destination: Some(Arc::clone(to)), what };
+        let result = run(&running.operation, &[segment], &Cancel::default());
+        (result, running.operation.report().bytes)
+    }
+
+    fn of_blocks(count: u16, destination: u64, strip: bool, pad: bool) -> What {
+        What::Blocks { by_destination: false, count, source: 0, destination, strip, pad }
+    }
+
+    fn failed(asc: crate::scsi::sense::Asc, residual: u64) -> Result<(), ScsiError> {
+        let sense = Sense::new(Key::CopyAborted, asc);
+        Err(ScsiError::Check(Sense {
+            information: Some(residual),
+            command_specific: Some(0),
+            ..sense
+        }))
+    }
+
+    /// The PAD of the destination is stronger than that of the source.
+    #[test]
+    fn what_does_not_fill_a_block_is_padded_dropped_or_refused() {
+        for (strip, pad) in [(false, true), (true, true), (true, false), (false, false)] {
+            for count in [11u16, 3] {
+                let from = disk(0, 512, MemStore::new(SIZE));
+                let to = disk(1, 4096, MemStore::new(SIZE));
+                fill(&from, 7);
+                fill(&to, 9);
+                let bytes = usize::from(count) * 512;
+                let (copied, padded) = match (strip, pad) {
+                    (_, true) => (bytes, bytes.next_multiple_of(4096)),
+                    (true, false) => (bytes - bytes % 4096, bytes - bytes % 4096),
+                    (false, false) => (0, 0),
+                };
+                let mut expected = vec![9; SIZE as usize];
+                expected[4096..4096 + copied].fill(7);
+                expected[4096 + copied..4096 + padded].fill(0);
+                let (result, told) = run_one(&from, &to, of_blocks(count, 1, strip, pad));
+                let refused = failed(asc::UNEXPECTED_INEXACT_SEGMENT, count.into());
+                assert_eq!(result, if strip || pad { Ok(()) } else { refused });
+                assert_eq!(told, copied as u64, "{count} {strip} {pad}");
+                assert!(contents(&to) == expected, "{count} {strip} {pad}");
+            }
+        }
+    }
+
+    #[test]
+    fn neither_end_of_a_segment_is_past_the_end() {
+        let (from, to) = (disk(0, 512, MemStore::new(SIZE)), disk(1, 512, MemStore::new(SIZE)));
+        fill(&to, 9);
+        let last = SIZE / 512 - 1;
+        let of = |source, destination| What::Blocks {
+            by_destination: false,
+            count: 2,
+            source,
+            destination,
+            strip: false,
+            pad: false,
+        };
+        for (source, destination) in [(last, 0), (0, last), (u64::MAX, 0), (0, u64::MAX)] {
+            assert_eq!(run_one(&from, &to, of(source, destination)), (failed(asc::NONE, 2), 0));
+        }
+        assert!(contents(&to) == vec![9; SIZE as usize], "nothing was written");
+        assert_eq!(run_one(&from, &to, of(last - 1, last - 1)), (Ok(()), 1024));
+    }
+
+    /// What may go better soon is BUSY; no room says so; all else is for the host at that end to mend.
+    #[test]
+    fn why_a_segment_failed_is_told() {
+        let third_party = failed(asc::THIRD_PARTY_DEVICE_FAILURE, 8);
+        for (fault, expected) in [
+            ("read:enomem", Err(ScsiError::Busy)),
+            ("write:enomem", Err(ScsiError::Busy)),
+            ("read:eio", third_party),
+            ("write:eio", third_party),
+        ] {
+            let plain = || MemStore::new(SIZE);
+            let faults = || Faults::new(plain(), vec![fault.parse().unwrap()]);
+            let (from, to) = match fault.starts_with("read") {
+                true => (disk(0, 512, faults()), disk(1, 512, plain())),
+                false => (disk(0, 512, plain()), disk(1, 512, faults())),
+            };
+            let block = Buffers::copy_of(&[7; 4096]).unwrap();
+            from.store().write(0, &block, Durability::Cached).unwrap();
+            let (result, _) = run_one(&from, &to, of_blocks(8, 0, false, false));
+            assert_eq!(result, expected, "{fault}");
+        }
+    }
+}
