@@ -466,9 +466,8 @@ fn carry_out(lun: &Lun, mut operation: Operation) {
         let done = operation.work.run(lun, operation.from).and_then(|()| {
             // The first of the passes that are left takes the mark with it.
             (operation.from, operation.mark) = (operation.work.behind_all(), None);
-            let unmarked = |error| End::Failed { error, marked: false };
-            note(lun, Some(operation.running())).map_err(unmarked)?;
-            operation.work.finish(lun).map_err(unmarked)
+            note(lun, Some(operation.running())).map_err(End::Failed)?;
+            operation.work.finish(lun).map_err(End::Failed)
         });
         // An operation has ended when a restart will not repeat it.
         let failed = match done {
@@ -477,7 +476,7 @@ fn carry_out(lun: &Lun, mut operation: Operation) {
                     log::info!("{serial}: {name} is done");
                     return background.become_state(State::Idle);
                 }
-                Err(error) => End::Failed { error, marked: false },
+                Err(error) => End::Failed(error),
             },
             Err(end) => end,
         };
@@ -494,9 +493,8 @@ fn carry_out(lun: &Lun, mut operation: Operation) {
                     return;
                 }
             }
-            End::Failed { error, marked } => {
+            End::Failed(error) => {
                 log::error!("{serial}: {name} failed: {error:?}");
-                operation.mark = operation.mark.filter(|_| marked);
                 if note(lun, Some(operation.failed())).is_err() {
                     log::error!(
                         "{serial}: nor could that be noted: it is repeated at the next start"
@@ -522,8 +520,8 @@ fn note(lun: &Lun, text: Option<String>) -> Result<(), ScsiError> {
 enum End {
     /// No more commands come. What is before this position is done, and lasts.
     Left(Position),
-    /// It failed; its mark is still in the image, if it was.
-    Failed { error: ScsiError, marked: bool },
+    /// It failed.
+    Failed(ScsiError),
 }
 
 /// How far an operation is: passes that are done, and bytes of the next.
@@ -686,8 +684,7 @@ impl Work {
 
     /// Does all of it from a position on but the first block, with the mark, and makes it last.
     fn run(&self, lun: &Lun, from: Position) -> Result<(), End> {
-        let behind = |error| End::Failed { error, marked: true };
-        let whole = lun.bytes(0, lun.blocks()).map_err(behind)?;
+        let whole = lun.bytes(0, lun.blocks()).map_err(End::Failed)?;
         let first = lun.store().capabilities().host_block.max(lun.block_size());
         let first = whole.end.min(first.into());
         let passes = self.passes();
@@ -709,10 +706,10 @@ impl Work {
                 Err(ScsiError::Aborted)
             });
             if left.is_none() {
-                done.map_err(behind)?;
+                done.map_err(End::Failed)?;
             }
             // Each pass reaches the medium before the next begins.
-            lun.settle(Durability::Stable).map_err(behind)?;
+            lun.settle(Durability::Stable).map_err(End::Failed)?;
             if let Some(position) = left {
                 return Err(End::Left(position));
             }

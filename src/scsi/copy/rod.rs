@@ -464,7 +464,7 @@ mod tests {
     fn wanted(target: &Target, timeout: Duration) -> Wanted {
         let lun = Arc::clone(&target.disks()[0]);
         let creator = Creator { descriptor: [0; 32], geometry: [0; 8] };
-        Wanted { lun, creator, ranges: vec![0..512], keep: Keep::Not, timeout }
+        Wanted { lun, creator, ranges: std::iter::once(0..512).collect(), keep: Keep::Not, timeout }
     }
 
     /// Makes a token by reference.
@@ -484,7 +484,7 @@ mod tests {
             token: make_token(ACCESS_UPON_REFERENCE, identifier, &creator, 512).unwrap(),
             owner: Port(1),
             source: Arc::downgrade(&target.disks()[0]),
-            ranges: vec![0..512],
+            ranges: std::iter::once(0..512).collect(),
             snapshot: None,
             timeout,
             used: Mutex::new(Instant::now()),
