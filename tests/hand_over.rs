@@ -256,9 +256,39 @@ fn an_operation_that_is_about_to_stop_goes_on_for_who_comes() {
     // It has made its last step by now, and the host is at the flush.
     std::thread::sleep(2 * A_MOMENT);
     let fe = FrontEnd::builder().connect_to(&source, 1);
-    wait_until_ready(&fe.lun(0, 0), SANITIZE_IN_PROGRESS);
+    let lun = fe.lun(0, 0);
+    wait_until_ready(&lun, SANITIZE_IN_PROGRESS);
     hosts.assert_filled(0, 0x5a);
     assert_eq!(hosts.noted(), None);
+    // There was one of it, and that has ended.
+    lun.write16(SIZE / 512 - 8, &[7; 4096]);
+    hosts.assert_still();
+    assert_eq!(lun.read16(SIZE / 512 - 8, 8), [7; 4096]);
+}
+
+/// It cannot go on where nothing may be written, and goes on where that may be again.
+#[test]
+fn an_operation_waits_for_a_start_that_may_write() {
+    let hosts = Hosts::new();
+    let mut source = hosts.source(SLOW);
+    let fe = FrontEnd::connect(&source);
+    let lun = fe.ready_lun(0, 0);
+    overwrite(&lun, 1, 0x5a);
+    wait_for_progress(&lun, 0);
+    source.kill();
+    drop(fe);
+    let mut reader = hosts.source("readonly=on");
+    let fe = FrontEnd::connect(&reader);
+    let lun = fe.lun(0, 0);
+    take_attentions(&lun);
+    assert_eq!(lun.run(cdb::test_unit_ready()).sense_code(), Some((3, 0x31, 3)));
+    hosts.assert_still();
+    drop(fe);
+    assert!(reader.terminate().success());
+    let writer = hosts.source("");
+    let fe = FrontEnd::connect(&writer);
+    wait_until_ready(&fe.lun(0, 0), SANITIZE_IN_PROGRESS);
+    hosts.assert_filled(0, 0x5a);
 }
 
 /// What is noted of it before its first block holds the mark holds for whatever the image holds.

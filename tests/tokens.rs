@@ -12,7 +12,7 @@ use frontend::pattern::{Rng, assert_same};
 use frontend::scsi::{key, response, sense};
 use frontend::third_party::*;
 use frontend::*;
-use mounts::{Hang, Hanging, Kind, Mount, skipped};
+use mounts::{Hang, Hanging, Kind, Mount};
 
 const SIZE: u64 = 8 * MIB;
 /// File systems on which a token keeps what was there when it was made.
@@ -225,27 +225,27 @@ fn tokens_that_are_made_at_once_are_counted() {
 /// What a token has kept on a host that hangs is given back when that is over, and nobody's tokens of other disks wait for it.
 #[test]
 fn a_token_of_a_host_that_hangs_holds_up_no_others() {
-    let Some(host) = Hanging::new(Hang::Frozen(Kind::Xfs)) else { return };
-    let scratch = Scratch::new();
-    let paths = [host.path().join("hung.img"), scratch.join("other.img")];
-    for path in &paths {
-        std::fs::File::create(path).unwrap().set_len(MIB).unwrap();
+    for kind in REFLINKS {
+        let Some(host) = Hanging::new(Hang::Frozen(kind)) else { continue };
+        let scratch = Scratch::new();
+        let paths = [host.path().join("hung.img"), scratch.join("other.img")];
+        for path in &paths {
+            std::fs::File::create(path).unwrap().set_len(MIB).unwrap();
+        }
+        let daemon = Daemon::builder(&scratch).disk(&paths[0], "").disk(&paths[1], "").spawn();
+        let fe = FrontEnd::builder().queues(2).connect(&daemon);
+        let (lun, other) = (fe.ready_lun(0, 0), fe.ready_lun(0, 1));
+        lun.write16(0, &[1; 4096]);
+        lun.synchronize_cache();
+        let kept = populate(&other, 2, 600, &[(0, 8)]).0;
+        let token = populate(&lun, 1, 2, &[(0, 8)]).0;
+        assert_eq!(token[..4], POINT_IN_TIME.to_be_bytes(), "{kind:?}");
+        let hung = host.hang();
+        eventually("its time is over", || count_tokens(&other) == 1);
+        write_token(&other, 3, &kept, 0, 0, &[(8, 8)]).expect_good();
+        populate(&other, 4, 600, &[(0, 8)]);
+        drop(hung);
     }
-    let daemon = Daemon::builder(&scratch).disk(&paths[0], "").disk(&paths[1], "").spawn();
-    let fe = FrontEnd::builder().queues(2).connect(&daemon);
-    let (lun, other) = (fe.ready_lun(0, 0), fe.ready_lun(0, 1));
-    lun.write16(0, &[1; 4096]);
-    lun.synchronize_cache();
-    let token = populate(&lun, 1, 1, &[(0, 8)]).0;
-    if token[..4] != POINT_IN_TIME.to_be_bytes() {
-        return skipped("a token that keeps its data");
-    }
-    let hung = host.hang();
-    let bytes = populate(&other, 2, 600, &[(0, 8)]).0;
-    eventually("its time is over", || count_tokens(&other) == 1);
-    write_token(&other, 3, &bytes, 0, 0, &[(8, 8)]).expect_good();
-    populate(&other, 4, 600, &[(0, 8)]);
-    drop(hung);
 }
 
 /// Making a token of much that is in pieces takes long, and can be ended.

@@ -305,6 +305,41 @@ fn a_failed_operation_stays_failed_until_it_is_mended() {
     assert!(!notes(&image).exists());
 }
 
+/// An operation whose end cannot be noted has not ended: a restart would repeat it, over what was written since.
+#[test]
+fn an_operation_ends_when_that_is_noted() {
+    let Some(mount) = Mount::new(Kind::Ext4, 128) else { return };
+    let directory = mount.path().join("images");
+    std::fs::create_dir(&directory).unwrap();
+    let image = directory.join("disk.img");
+    std::fs::File::create(&image).unwrap().set_len(4 * MIB).unwrap();
+    // Nothing can be made or removed in it then.
+    let immutable = |on: bool| {
+        let mode = if on { "+i" } else { "-i" };
+        let run = std::process::Command::new("chattr").arg(mode).arg(&directory).status();
+        run.is_ok_and(|status| status.success())
+    };
+    let scratch = Scratch::new();
+    let slow = "fault=write:delay-ms-1500@0-512";
+    let daemon = Daemon::builder(&scratch).disk(&image, slow).spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    overwrite(&lun, IMMED, 1, 0x5a).expect_good();
+    eventually("only the first block is left", || {
+        std::fs::read_to_string(notes(&image))
+            .is_ok_and(|noted| noted.contains("operation=running@1."))
+    });
+    if !immutable(true) {
+        return skipped("a directory that cannot be changed");
+    }
+    let ended = wait_while(&lun, SANITIZE_IN_PROGRESS);
+    assert!(immutable(false));
+    assert_eq!(ended, Some(SANITIZE_FAILED));
+    lun.run(cdb::sanitize(BLOCK_ERASE, 0)).expect_good();
+    lun.write10(0, &[1; 512]);
+    assert!(!notes(&image).exists());
+}
+
 /// What could not be made stable at its end is not begun.
 #[test]
 fn a_disk_that_has_lost_writes_is_not_erased() {

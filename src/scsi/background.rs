@@ -917,6 +917,20 @@ mod tests {
     }
 
     #[test]
+    fn progress_is_that_of_all_passes() {
+        let target = target(1);
+        let lun = &target.disks()[0];
+        let mut work = sanitize();
+        if let Work::Sanitize { passes, .. } = &mut work {
+            *passes = 3;
+        }
+        assert!(work.run(lun, Position::default()).is_ok());
+        // It is told before each step.
+        let last = lun.background().progress.load(Ordering::Acquire);
+        assert!(last >= u16::MAX / 3 * 2, "{last} before the last step of the last pass");
+    }
+
+    #[test]
     fn an_operation_begins_with_nothing_done() {
         let target = target(1);
         let lun = &target.disks()[0];

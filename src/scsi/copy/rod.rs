@@ -460,6 +460,7 @@ mod tests {
     use crate::scsi::copy::tests::{begin, target};
     use crate::scsi::target::Target;
     use crate::store::engine::Cancel;
+    use crate::store::{Buffers, Durability};
 
     fn wanted(target: &Target, timeout: Duration) -> Wanted {
         let lun = Arc::clone(&target.disks()[0]);
@@ -565,6 +566,31 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(5));
             }
         }
+    }
+
+    /// What is told of a copy, and what is left of it, counts all ranges of its token.
+    #[test]
+    fn a_copy_of_several_ranges_counts_all_of_them() {
+        let target = target(1);
+        let [from, to] = target.disks() else { panic!("two disks") };
+        for n in [0u64, 1] {
+            let data = Buffers::copy_of(&[n as u8 + 1; 4096]).unwrap();
+            from.store().write(n * 8192, &data, Durability::Cached).unwrap();
+        }
+        let mut rod = rod(&target, 1, LONG);
+        rod.ranges = vec![0..4096, 8192..12288];
+        let mut told = Vec::new();
+        let mut all = |done| {
+            told.push(done);
+            true
+        };
+        rod.copy_to(from, 512, 4096, to, 0, &mut all).unwrap();
+        assert!(told.is_sorted() && told.last().is_some_and(|last| *last >= 3584), "{told:?}");
+        let copied = Buffers::zeroed(4096).unwrap();
+        to.store().read(0, &copied).unwrap();
+        assert_eq!(copied.to_vec(4096), [[1; 3584].as_slice(), &[2; 512]].concat());
+        let error = rod.copy_to(from, 512, 4096, to, 0, &mut |done| done < 3584).unwrap_err();
+        assert_eq!((error.done, error.error.cause), (3584, Cause::Cancelled));
     }
 
     #[test]
