@@ -261,6 +261,11 @@ fn who_leaves_takes_his_reservation_with_him() {
         c.good(1, RESERVE, kind, 1, 0);
         c.good(1, REGISTER, 0, 1, 0);
         assert_eq!(c.reservation().is_some(), kind >= 7, "type {kind}");
+        if kind >= 7 {
+            // That it has made the reservation is nothing any more.
+            let write = c.run(1, &[0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0], &[0; 512], 0);
+            assert_eq!(write.outcome.status, CONFLICT, "type {kind}");
+        }
         let told = if matches!(kind, 5 | 6) { vec![RESERVATIONS_RELEASED] } else { vec![] };
         assert_eq!(c.attentions(2), told);
         c.good(2, REGISTER, 0, 2, 0);

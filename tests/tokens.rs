@@ -255,8 +255,9 @@ fn a_token_that_is_being_made_can_be_aborted() {
         let Some(mount) = Mount::new(kind, 400) else { continue };
         let scratch = Scratch::new();
         let [image] = disks(&mount, SIZE);
-        let builder = Daemon::builder(&scratch).disk(&image, "fault=copy:delay-ms-200");
-        let daemon = builder.ports(2).spawn();
+        // It is asked at each step whether it may go on, and does not come to the last.
+        let faults = format!("fault=copy:delay-ms-200+copy:eio@{}-{}", 63 * 8192, 63 * 8192 + 4096);
+        let daemon = Daemon::builder(&scratch).disk(&image, &faults).ports(2).spawn();
         let fe = FrontEnd::builder().queues(2).connect(&daemon);
         let lun = fe.ready_lun(0, 0);
         lun.write16(0, &vec![1; MIB as usize]);

@@ -540,6 +540,8 @@ mod tests {
             token
         };
         assert_eq!(rods.find(&token).map(drop), expired);
+        rods.state().live.push(Arc::new(rod(&target, 3, Duration::ZERO)));
+        assert!(rods.list().is_empty());
         let rod = rod(&target, 2, LONG);
         let token = rod.token;
         let made = *rod.used.lock().unwrap();
