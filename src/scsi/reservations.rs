@@ -554,6 +554,24 @@ mod tests {
         assert_eq!(Reservations::of(&notes).state(), State::default());
     }
 
+    /// Who moves a reservation says anew whether all of it survives.
+    #[test]
+    fn a_move_has_an_aptpl_of_its_own() {
+        let notes = Notes::in_memory();
+        let (one, other) = (Port(1), Port(2));
+        let reservations = Reservations::of(&notes);
+        let change = |who, change| reservations.change(who, change, &notes).unwrap();
+        change(one, Change::Register { old: None, new: 1, survives: false });
+        change(one, Change::Reserve { key: 1, kind: Type::WriteExclusive });
+        let moving =
+            |key, to, survives| Change::Move { key, other: 7, to, unregister: true, survives };
+        change(one, moving(1, other, true));
+        assert!(Reservations::of(&notes).state().holds(other));
+        change(other, moving(7, one, false));
+        assert_eq!(Reservations::of(&notes).state(), State::default());
+        assert!(reservations.state().holds(one));
+    }
+
     /// A RESERVE that was answered GOOD is not undone by a registration that was being noted meanwhile, and one that has
     /// ended does not come back.
     #[test]

@@ -445,5 +445,13 @@ mod tests {
             let (result, _) = run_one(&from, &to, of_blocks(8, 0, false, false));
             assert_eq!(result, expected, "{fault}");
         }
+        // All was copied, and the rest of its last block was not filled.
+        let from = disk(0, 512, MemStore::new(SIZE));
+        fill(&from, 7);
+        let faults = vec!["zero:eio".parse().unwrap()];
+        let to = disk(1, 4096, Faults::new(MemStore::new(SIZE), faults));
+        let (result, told) = run_one(&from, &to, of_blocks(11, 0, false, true));
+        assert_eq!(result, failed(asc::THIRD_PARTY_DEVICE_FAILURE, 0));
+        assert_eq!(told, 11 * 512);
     }
 }
