@@ -334,11 +334,14 @@ fn usable(lun: &Lun, port: Port, conflict: Conflict) -> Result<(), ScsiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scsi::background::{Work, start};
     use crate::scsi::copy::tests::{begin, disk};
+    use crate::scsi::fill::Fill;
     use crate::scsi::target::Target;
+    use crate::scsi::{Lun, LunSettings};
     use crate::store::faults::Faults;
     use crate::store::mem::MemStore;
-    use crate::store::{Buffers, Durability};
+    use crate::store::{Buffers, Durability, Kind};
 
     const SIZE: u64 = 1 << 20;
 
@@ -422,6 +425,74 @@ mod tests {
         }
         assert!(contents(&to) == vec![9; SIZE as usize], "nothing was written");
         assert_eq!(run_one(&from, &to, of(last - 1, last - 1)), (Ok(()), 1024));
+    }
+
+    /// In the middle of a segment as at its beginning, whoever wants it to end, or does not let it in any more.
+    #[test]
+    fn each_step_is_asked_for() {
+        let (from, to) = (disk(0, 512, MemStore::new(SIZE)), disk(1, 512, MemStore::new(SIZE)));
+        let target = Arc::new(Target::new(vec![Arc::clone(&from), Arc::clone(&to)], 1));
+        let nexus = target.connect(Port(1));
+        let running = begin(&target, &nexus, 0, 1).unwrap();
+        let cancel = Cancel::default();
+        let mut leave = Leave::new(&running.operation, &cancel, Some(&from), Some(&to));
+        let kept = CopyError { side: Side::Destination, error: Cause::Cancelled.into(), done: 0 };
+        let keeps_out = copy_aborted(asc::COPY_TARGET_DEVICE_NOT_REACHABLE);
+        assert!(leave.step(512));
+        for lun in [&from, &to] {
+            lun.set_started(false);
+            assert!(!leave.step(1024));
+            assert_eq!(leave.why(&kept, &to), keeps_out);
+            lun.set_started(true);
+            let (go_on, waits) = std::sync::mpsc::channel::<()>();
+            let first = move || {
+                let _ = waits.recv();
+            };
+            let started = start(lun, Work::Format(Fill::Anchored), first).unwrap();
+            assert!(!leave.step(1024));
+            assert_eq!(leave.why(&kept, &to), keeps_out);
+            drop(go_on);
+            lun.background().wait(started, &Cancel::default()).unwrap();
+            assert!(leave.step(1024));
+        }
+        cancel.request();
+        assert!(!leave.step(2048));
+        assert_eq!(leave.why(&kept, &to), ScsiError::Aborted);
+        assert_eq!(running.operation.report().bytes, 2048);
+    }
+
+    /// A hole becomes one where that is one, and space where every block has its own.
+    #[test]
+    fn a_thick_disk_has_no_holes() {
+        for thin in [true, false] {
+            let settings = LunSettings {
+                discard: thin,
+                ..disk(1, 512, MemStore::new(SIZE)).settings().clone()
+            };
+            let from = disk(0, 512, MemStore::new(SIZE));
+            let to = Arc::new(Lun::new(settings, 1, Arc::new(MemStore::new(SIZE))).unwrap());
+            fill(&to, 9);
+            assert_eq!(run_one(&from, &to, of_blocks(128, 0, false, false)), (Ok(()), 65536));
+            let kinds: Vec<Kind> =
+                to.store().extents(0..65536, 9).unwrap().iter().map(|e| e.kind).collect();
+            assert_eq!(kinds, [if thin { Kind::Hole } else { Kind::Reserved }], "{thin}");
+        }
+    }
+
+    /// Without a write cache a copy is on the medium when it is done.
+    #[test]
+    fn what_was_copied_is_settled() {
+        for write_cache in [true, false] {
+            let settings =
+                LunSettings { write_cache, ..disk(1, 512, MemStore::new(SIZE)).settings().clone() };
+            let faults = vec!["flush:eio".parse().unwrap()];
+            let store = Arc::new(Faults::new(MemStore::new(SIZE), faults));
+            let to = Arc::new(Lun::new(settings, 1, store).unwrap());
+            let from = disk(0, 512, MemStore::new(SIZE));
+            fill(&from, 7);
+            let (result, _) = run_one(&from, &to, of_blocks(8, 0, false, false));
+            assert_eq!(result.is_ok(), write_cache);
+        }
     }
 
     /// What may go better soon is BUSY; no room says so; all else is for the host at that end to mend.
