@@ -2,6 +2,7 @@
 //! the sum, and task management that reaches those it is about.
 
 mod frontend;
+mod mounts;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use frontend::scsi::{key, response, status};
 use frontend::*;
 
 use frontend::scsi::status::{RESERVATION_CONFLICT, TASK_ABORTED};
+use mounts::{Kind, Mount, skipped};
 
 /// A daemon with several sockets and one disk.
 fn cluster(scratch: &Scratch, ports: usize, disk: &Path, options: &str) -> Daemon {
@@ -134,6 +136,39 @@ fn reservations_keep_others_out_and_survive_a_crash() {
     let daemon = cluster(&scratch, 2, &disk, "");
     let [a, _] = guests(&daemon);
     assert!(keys(&a.ready_lun(0, 0)).is_empty());
+}
+
+/// What is to survive and cannot be noted is refused, and is not so.
+#[test]
+fn a_registration_that_cannot_be_noted_is_none() {
+    let Some(mount) = Mount::new(Kind::Ext4, 64) else { return };
+    let directory = mount.path().join("images");
+    std::fs::create_dir(&directory).unwrap();
+    let disk = directory.join("disk.img");
+    std::fs::File::create(&disk).unwrap().set_len(MIB).unwrap();
+    // Nothing can be made or removed in it then.
+    let immutable = |on: bool| {
+        let mode = if on { "+i" } else { "-i" };
+        let run = std::process::Command::new("chattr").arg(mode).arg(&directory).status();
+        run.is_ok_and(|status| status.success())
+    };
+    let scratch = Scratch::new();
+    let daemon = cluster(&scratch, 2, &disk, "");
+    let [a, b] = guests(&daemon);
+    let (a, b) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
+    reserve_out(&a, REGISTER, 0, 0, 0xa, 0).expect_good();
+    reserve_out(&a, RESERVE, WRITE_EXCLUSIVE_REGISTRANTS_ONLY, 0xa, 0, 0).expect_good();
+    if !immutable(true) {
+        return skipped("a directory that cannot be changed");
+    }
+    let refused = reserve_out(&b, REGISTER, 0, 0, 0xb, APTPL);
+    let write = b.run_out(cdb::write16(0, 1), &[7; 512]);
+    assert!(immutable(false));
+    refused.expect_sense((5, 0x55, 4));
+    assert_eq!(write.status, RESERVATION_CONFLICT);
+    assert_eq!(keys(&a), [0xa]);
+    reserve_out(&b, REGISTER, 0, 0, 0xb, APTPL).expect_good();
+    b.write16(0, &[7; 512]);
 }
 
 /// A REGISTER that registers nobody does not take from others that their registrations survive.

@@ -231,6 +231,7 @@ fn reserving_and_releasing() {
     for kind in TYPES {
         let c = Cluster::new();
         (1..4).for_each(|who| c.good(who, REGISTER, 0, 0, who as u64));
+        let generation = c.generation();
         c.good(1, RESERVE, kind, 1, 0);
         c.good(1, RESERVE, kind, 1, 0);
         let of_all = kind >= 7;
@@ -250,6 +251,7 @@ fn reserving_and_releasing() {
         assert_eq!(c.attentions(told), expected);
         assert_eq!(c.attentions(3), expected);
         assert!(c.attentions(releaser).is_empty());
+        assert_eq!(c.generation(), generation, "only registrations are counted");
     }
 }
 
@@ -261,6 +263,11 @@ fn who_leaves_takes_his_reservation_with_him() {
         c.good(1, RESERVE, kind, 1, 0);
         c.good(1, REGISTER, 0, 1, 0);
         assert_eq!(c.reservation().is_some(), kind >= 7, "type {kind}");
+        if kind >= 7 {
+            // That it has made the reservation is nothing any more.
+            let write = c.run(1, &[0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0], &[0; 512], 0);
+            assert_eq!(write.outcome.status, CONFLICT, "type {kind}");
+        }
         let told = if matches!(kind, 5 | 6) { vec![RESERVATIONS_RELEASED] } else { vec![] };
         assert_eq!(c.attentions(2), told);
         c.good(2, REGISTER, 0, 2, 0);
@@ -432,6 +439,14 @@ fn moving_a_reservation() {
     assert_eq!((c.reservation(), c.keys()), (Some((9, 5)), vec![1, 2, 9]));
     run(3, 9, 4, 2, 1, &transport_id(1)).expect_good();
     assert_eq!((c.reservation(), c.keys()), (Some((4, 5)), vec![4, 2]));
+    // What all who are registered hold is nobody's to give.
+    c.good(1, RELEASE, 5, 4, 0);
+    for kind in [7, 8] {
+        c.good(1, RESERVE, kind, 4, 0);
+        conflict(run(1, 4, 9, 0, 3, &transport_id(3)));
+        assert_eq!((c.reservation(), c.keys()), (Some((0, kind)), vec![4, 2]));
+        c.good(1, RELEASE, kind, 4, 0);
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use frontend::pattern::{Rng, assert_same};
 use frontend::scsi::{key, response, sense};
 use frontend::third_party::*;
 use frontend::*;
-use mounts::{Kind, Mount};
+use mounts::{Hang, Hanging, Kind, Mount};
 
 const SIZE: u64 = 8 * MIB;
 /// File systems on which a token keeps what was there when it was made.
@@ -187,6 +187,67 @@ fn each_initiator_has_a_share() {
     }
 }
 
+/// Tokens that are being made at the same time are no more than there may be when they are there; and who can have none has
+/// nothing read for it.
+#[test]
+fn tokens_that_are_made_at_once_are_counted() {
+    const SHARE: u32 = 32;
+    for kind in REFLINKS {
+        let Some(mount) = Mount::new(kind, 400) else { continue };
+        let scratch = Scratch::new();
+        let [image] = disks(&mount, SIZE);
+        let faults = "fault=copy:delay-ms-300@0-1048576+copy:eio@7340032-7341056";
+        let daemon = Daemon::builder(&scratch).disk(&image, faults).ports(2).spawn();
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        lun.write16(0, &vec![1; MIB as usize]);
+        lun.write16(7 * 2048, &vec![1; MIB as usize]);
+        for id in 1..SHARE {
+            make(&lun, id, Some(BY_REFERENCE), &[(0, 1)]).expect_good();
+        }
+        let ranges: Vec<(u64, u32)> = (0..4).map(|n| (n * 16, 8)).collect();
+        let tickets: Vec<Ticket> = (100..104)
+            .map(|id| {
+                let (cdb, list) = populate_request(id, 600, None, &ranges);
+                lun.submit(&lun.request(cdb).data_out(list))
+            })
+            .collect();
+        let answers: Vec<ScsiResponse> = tickets.into_iter().map(|t| fe.wait(t)).collect();
+        assert_eq!(answers.iter().filter(|answer| answer.is_good()).count(), 1, "{kind:?}");
+        for answer in answers.iter().filter(|answer| !answer.is_good()) {
+            answer.expect_sense(TOO_MANY_TOKENS);
+        }
+        assert_eq!(count_tokens(&lun), SHARE as usize, "{kind:?}");
+        make(&lun, 200, None, &[(7 * 2048, 2)]).expect_sense(TOO_MANY_TOKENS);
+    }
+}
+
+/// What a token has kept on a host that hangs is given back when that is over, and nobody's tokens of other disks wait for it.
+#[test]
+fn a_token_of_a_host_that_hangs_holds_up_no_others() {
+    for kind in REFLINKS {
+        let Some(host) = Hanging::new(Hang::Frozen(kind)) else { continue };
+        let scratch = Scratch::new();
+        let paths = [host.path().join("hung.img"), scratch.join("other.img")];
+        for path in &paths {
+            std::fs::File::create(path).unwrap().set_len(MIB).unwrap();
+        }
+        let daemon = Daemon::builder(&scratch).disk(&paths[0], "").disk(&paths[1], "").spawn();
+        let fe = FrontEnd::builder().queues(2).connect(&daemon);
+        let (lun, other) = (fe.ready_lun(0, 0), fe.ready_lun(0, 1));
+        lun.write16(0, &[1; 4096]);
+        lun.synchronize_cache();
+        let kept = populate(&other, 2, 600, &[(0, 8)]).0;
+        let token = populate(&lun, 1, 2, &[(0, 8)]).0;
+        assert_eq!(token[..4], POINT_IN_TIME.to_be_bytes(), "{kind:?}");
+        let hung = host.hang();
+        eventually("its time is over", || count_tokens(&other) == 1);
+        write_token(&other, 3, &kept, 0, 0, &[(8, 8)]).expect_good();
+        populate(&other, 4, 600, &[(0, 8)]);
+        drop(hung);
+    }
+}
+
 /// Making a token of much that is in pieces takes long, and can be ended.
 #[test]
 fn a_token_that_is_being_made_can_be_aborted() {
@@ -194,8 +255,9 @@ fn a_token_that_is_being_made_can_be_aborted() {
         let Some(mount) = Mount::new(kind, 400) else { continue };
         let scratch = Scratch::new();
         let [image] = disks(&mount, SIZE);
-        let builder = Daemon::builder(&scratch).disk(&image, "fault=copy:delay-ms-200");
-        let daemon = builder.ports(2).spawn();
+        // It is asked at each step whether it may go on, and does not come to the last.
+        let faults = format!("fault=copy:delay-ms-200+copy:eio@{}-{}", 63 * 8192, 63 * 8192 + 4096);
+        let daemon = Daemon::builder(&scratch).disk(&image, &faults).ports(2).spawn();
         let fe = FrontEnd::builder().queues(2).connect(&daemon);
         let lun = fe.ready_lun(0, 0);
         lun.write16(0, &vec![1; MIB as usize]);

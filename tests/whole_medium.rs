@@ -14,7 +14,7 @@ use frontend::pattern::assert_same;
 use frontend::scsi::{response, sense};
 use frontend::*;
 use mounts::fuse::Fuse;
-use mounts::{Kind, Mount};
+use mounts::{Kind, Mount, skipped};
 
 const FORMAT_IN_PROGRESS: sense::Code = (2, 4, 4);
 const SANITIZE_IN_PROGRESS: sense::Code = (2, 4, 0x1b);
@@ -206,6 +206,59 @@ fn an_operation_goes_on_after_the_daemon_was_killed() {
     }
 }
 
+/// The power goes in the middle of an operation, when only its first block is left, or after its end: what is noted of it is
+/// so on the medium.
+#[test]
+fn an_operation_goes_on_after_a_power_cut() {
+    const SIZE: u64 = 16 * MIB;
+    let half = format!("fault=write:delay-ms-300@{}-{SIZE}", SIZE / 2);
+    for kind in [Kind::Ext4, Kind::Xfs] {
+        for (moment, faults) in [
+            ("middle", half.as_str()),
+            ("first block", "fault=write:delay-ms-1500@0-512"),
+            ("end", ""),
+        ] {
+            let Some(mut mount) = Mount::new(kind, 320) else { continue };
+            let image = mount.path().join("disk.img");
+            std::fs::write(&image, vec![7; SIZE as usize]).unwrap();
+            std::fs::File::open(&image).unwrap().sync_all().unwrap();
+            std::fs::File::open(mount.path()).unwrap().sync_all().unwrap();
+            let scratch = Scratch::new();
+            let mut daemon = Daemon::builder(&scratch).disk(&image, faults).spawn();
+            let fe = FrontEnd::connect(&daemon);
+            let lun = fe.ready_lun(0, 0);
+            overwrite(&lun, IMMED, 1, 0x5a).expect_good();
+            let noted = |text: &str| {
+                std::fs::read_to_string(notes(&image)).is_ok_and(|noted| noted.contains(text))
+            };
+            match moment {
+                "middle" => eventually("half of it", || polled(&lun).1 > Some(0x8000)),
+                "first block" => {
+                    eventually("only the first block is left", || noted("operation=running@1."));
+                }
+                _ => assert_eq!(wait_while(&lun, SANITIZE_IN_PROGRESS), None),
+            }
+            if !mount.go_down() {
+                skipped(&format!("{kind:?} cannot be shut down here"));
+                break;
+            }
+            daemon.kill();
+            drop((fe, daemon));
+            mount.remount();
+            let daemon = Daemon::builder(&scratch).disk(&image, "").spawn();
+            let fe = FrontEnd::connect(&daemon);
+            let lun = fe.lun(0, 0);
+            take_attentions(&lun);
+            assert_eq!(wait_while(&lun, SANITIZE_IN_PROGRESS), None, "{kind:?}, {moment}");
+            assert_same(
+                &host_read(&image, 0, SIZE as usize),
+                &vec![0x5a; SIZE as usize],
+                &format!("{kind:?}, {moment}"),
+            );
+        }
+    }
+}
+
 #[test]
 fn a_failed_operation_stays_failed_until_it_is_mended() {
     let scratch = Scratch::new();
@@ -249,6 +302,66 @@ fn a_failed_operation_stays_failed_until_it_is_mended() {
     lun.run(cdb::start_stop_unit(1)).expect_good();
     lun.run(cdb::format_unit(0)).expect_good();
     assert_eq!(read(&lun).expect_good().data(), [0; 512]);
+    assert!(!notes(&image).exists());
+}
+
+/// An operation whose end cannot be noted has not ended: a restart would repeat it, over what was written since.
+#[test]
+fn an_operation_ends_when_that_is_noted() {
+    let Some(mount) = Mount::new(Kind::Ext4, 128) else { return };
+    let directory = mount.path().join("images");
+    std::fs::create_dir(&directory).unwrap();
+    let image = directory.join("disk.img");
+    std::fs::File::create(&image).unwrap().set_len(4 * MIB).unwrap();
+    // Nothing can be made or removed in it then.
+    let immutable = |on: bool| {
+        let mode = if on { "+i" } else { "-i" };
+        let run = std::process::Command::new("chattr").arg(mode).arg(&directory).status();
+        run.is_ok_and(|status| status.success())
+    };
+    let scratch = Scratch::new();
+    let slow = "fault=write:delay-ms-1500@0-512";
+    let daemon = Daemon::builder(&scratch).disk(&image, slow).spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    overwrite(&lun, IMMED, 1, 0x5a).expect_good();
+    eventually("only the first block is left", || {
+        std::fs::read_to_string(notes(&image))
+            .is_ok_and(|noted| noted.contains("operation=running@1."))
+    });
+    if !immutable(true) {
+        return skipped("a directory that cannot be changed");
+    }
+    let ended = wait_while(&lun, SANITIZE_IN_PROGRESS);
+    assert!(immutable(false));
+    assert_eq!(ended, Some(SANITIZE_FAILED));
+    lun.run(cdb::sanitize(BLOCK_ERASE, 0)).expect_good();
+    lun.write10(0, &[1; 512]);
+    assert!(!notes(&image).exists());
+}
+
+/// What could not be made stable at its end is not begun.
+#[test]
+fn a_disk_that_has_lost_writes_is_not_erased() {
+    let scratch = Scratch::new();
+    let image = scratch.image("disk.img", MIB);
+    std::fs::write(&image, vec![7; MIB as usize]).unwrap();
+    let daemon = Daemon::builder(&scratch).disk(&image, "fault=flush:eio*1").spawn();
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    let lost = lun.run(cdb::synchronize_cache10(0, 0)).sense_code();
+    assert!(lost.is_some_and(|(key, ..)| key == 3), "{lost:x?}");
+    for answer in [
+        overwrite(&lun, 0, 1, 0x5a),
+        overwrite(&lun, IMMED, 1, 0x5a),
+        lun.run(cdb::sanitize(BLOCK_ERASE, 0)),
+        lun.run(cdb::format_unit(0)),
+    ] {
+        assert_eq!(answer.sense_code(), lost);
+    }
+    // It is as it was, and no worse for it.
+    assert_eq!(lun.read16(0, 8), [7; 4096]);
+    assert_filled(&image, 7);
     assert!(!notes(&image).exists());
 }
 

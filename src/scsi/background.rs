@@ -377,7 +377,6 @@ pub fn start(
         let started = Started(background.begun.fetch_add(1, Ordering::AcqRel) + 1);
         (background.put(&mut state, State::Running(work.clone())), started)
     };
-    let noted_before = lun.store().notes().get(NOTE);
     let operation = Operation { work, from: Position::default(), mark: None };
     let on = Arc::clone(lun);
     let prepare = move |operation: &mut Operation| {
@@ -396,9 +395,6 @@ pub fn start(
             Ok(started)
         }
         Err(error) => {
-            if lun.store().notes().get(NOTE) != noted_before {
-                let _ = note(lun, noted_before);
-            }
             background.become_state(before);
             Err(error)
         }
@@ -486,9 +482,8 @@ fn carry_out(lun: &Lun, mut operation: Operation) {
         let done = operation.work.run(lun, operation.from).and_then(|()| {
             // The first of the passes that are left takes the mark with it.
             (operation.from, operation.mark) = (operation.work.behind_all(), None);
-            let unmarked = |error| End::Failed { error, marked: false };
-            note(lun, Some(operation.running())).map_err(unmarked)?;
-            operation.work.finish(lun).map_err(unmarked)
+            note(lun, Some(operation.running())).map_err(End::Failed)?;
+            operation.work.finish(lun).map_err(End::Failed)
         });
         // An operation has ended when a restart will not repeat it.
         let failed = match done {
@@ -497,7 +492,7 @@ fn carry_out(lun: &Lun, mut operation: Operation) {
                     log::info!("{serial}: {name} is done");
                     return background.become_state(State::Idle);
                 }
-                Err(error) => End::Failed { error, marked: false },
+                Err(error) => End::Failed(error),
             },
             Err(end) => end,
         };
@@ -514,9 +509,8 @@ fn carry_out(lun: &Lun, mut operation: Operation) {
                     return;
                 }
             }
-            End::Failed { error, marked } => {
+            End::Failed(error) => {
                 log::error!("{serial}: {name} failed: {error:?}");
-                operation.mark = operation.mark.filter(|_| marked);
                 if note(lun, Some(operation.failed())).is_err() {
                     log::error!(
                         "{serial}: nor could that be noted: it is repeated at the next start"
@@ -542,8 +536,8 @@ fn note(lun: &Lun, text: Option<String>) -> Result<(), ScsiError> {
 enum End {
     /// No more commands come. What is before this position is done, and lasts.
     Left(Position),
-    /// It failed; its mark is still in the image, if it was.
-    Failed { error: ScsiError, marked: bool },
+    /// It failed.
+    Failed(ScsiError),
 }
 
 /// How far an operation is: passes that are done, and bytes of the next.
@@ -734,8 +728,7 @@ impl Work {
 
     /// Does all of it from a position on but the first block, with the mark, and makes it last.
     fn run(&self, lun: &Lun, from: Position) -> Result<(), End> {
-        let behind = |error| End::Failed { error, marked: true };
-        let whole = lun.bytes(0, lun.blocks()).map_err(behind)?;
+        let whole = lun.bytes(0, lun.blocks()).map_err(End::Failed)?;
         let first = lun.store().capabilities().host_block.max(lun.block_size());
         let first = whole.end.min(first.into());
         let passes = self.passes();
@@ -759,10 +752,10 @@ impl Work {
                 Err(ScsiError::Aborted)
             });
             if left.is_none() {
-                done.map_err(behind)?;
+                done.map_err(End::Failed)?;
             }
             // Each pass reaches the medium before the next begins.
-            lun.settle(Durability::Stable).map_err(behind)?;
+            lun.settle(Durability::Stable).map_err(End::Failed)?;
             if let Some(position) = left {
                 return Err(End::Left(position));
             }
@@ -950,6 +943,7 @@ mod tests {
         background.wait_until_known(Instant::now() + Duration::from_secs(60));
         background.check(Tolerance::Never).unwrap();
     }
+    use crate::scsi::copy::tests::target;
 
     #[test]
     fn work_is_noted_and_understood_again() {
@@ -1025,6 +1019,121 @@ mod tests {
         let (runs, found) = Operation::decode(&text, 512);
         assert!(!runs && !found.work.is_format() && found.mark == Some(mark));
         assert!(Operation::decode(&text, 4096).0);
+    }
+
+    fn format() -> Work {
+        Work::Format(Fill::Anchored)
+    }
+
+    fn sanitize() -> Work {
+        Work::Sanitize { fill: Fill::Anchored, passes: 1, invert: false, unrestricted_exit: false }
+    }
+
+    #[test]
+    fn what_an_operation_lets_in() {
+        use Tolerance::{AfterFailedFormat, Always, Mends, Never};
+        let background = Background::idle();
+        for (state, lets_in) in [
+            (State::Idle, vec![Always, AfterFailedFormat, Never, Mends]),
+            (State::Running(format()), vec![Always]),
+            (State::Left(sanitize()), vec![Always]),
+            (State::Failed(format()), vec![Always, AfterFailedFormat, Mends]),
+            (State::Failed(sanitize()), vec![Always, Mends]),
+            (State::Unknown { known: false }, vec![Always]),
+            (State::Refused, vec![Always]),
+        ] {
+            background.become_state(state.clone());
+            for tolerance in [Always, AfterFailedFormat, Never, Mends] {
+                let checked = background.check(tolerance);
+                assert_eq!(
+                    checked.is_ok(),
+                    lets_in.contains(&tolerance),
+                    "{state:?} {tolerance:?}"
+                );
+            }
+            let unknown = matches!(state, State::Unknown { .. });
+            let known = background.check_known();
+            assert_eq!(known, if unknown { Err(ScsiError::Busy) } else { Ok(()) }, "{state:?}");
+        }
+    }
+
+    /// Who waits is told of his own operation, and can be aborted, whatever the host does.
+    #[test]
+    fn who_waits_for_the_end_does_not_wait_for_ever() {
+        let background = Background::idle();
+        let (going_on, aborted) = (Cancel::default(), Cancel::default());
+        aborted.request();
+        background.become_state(State::Running(format()));
+        assert_eq!(background.wait(Started(0), &aborted), Err(ScsiError::Aborted));
+        background.begun.store(1, Ordering::Release);
+        assert_eq!(background.wait(Started(0), &going_on), Err(ScsiError::Aborted));
+        background.become_state(State::Idle);
+        assert_eq!(background.wait(Started(0), &going_on), Err(ScsiError::Aborted));
+        assert_eq!(background.wait(Started(1), &going_on), Ok(()));
+    }
+
+    /// What was found out for those who had the disk before, and who have let go of it since, is not in force.
+    #[test]
+    fn what_was_found_out_for_an_earlier_time_is_nothing() {
+        let background = Background::idle();
+        background.become_state(State::Unknown { known: false });
+        background.takeovers.store(2, Ordering::Release);
+        assert!(!background.is_known(1));
+        assert_eq!(*background.state(), State::Unknown { known: false });
+        background.leave();
+        assert!(!background.is_known(2));
+        background.served.store(true, Ordering::Release);
+        assert!(background.is_known(2));
+        assert_eq!(*background.state(), State::Unknown { known: true });
+    }
+
+    /// Two who begin at the same time: the second sees what the first has done.
+    #[test]
+    fn who_has_waited_to_begin_looks_again() {
+        let target = target(1);
+        let lun = &target.disks()[0];
+        let background = lun.background();
+        std::thread::scope(|scope| {
+            let alone = background.change();
+            let second = scope.spawn(|| start(lun, format(), || ()));
+            // It has looked once by now, and waits.
+            std::thread::sleep(LOOK * 4);
+            background.become_state(State::Running(sanitize()));
+            drop(alone);
+            assert!(second.join().unwrap().is_err());
+            assert_eq!(*background.state(), State::Running(sanitize()));
+        });
+    }
+
+    #[test]
+    fn progress_is_that_of_all_passes() {
+        let target = target(1);
+        let lun = &target.disks()[0];
+        let mut work = sanitize();
+        if let Work::Sanitize { passes, .. } = &mut work {
+            *passes = 3;
+        }
+        assert!(work.run(lun, Position::default()).is_ok());
+        // It is told before each step.
+        let last = lun.background().progress.load(Ordering::Acquire);
+        assert!(last >= u16::MAX / 3 * 2, "{last} before the last step of the last pass");
+    }
+
+    #[test]
+    fn an_operation_begins_with_nothing_done() {
+        let target = target(1);
+        let lun = &target.disks()[0];
+        let background = lun.background();
+        background.progress.store(u16::MAX, Ordering::Release);
+        let (go_on, waits) = mpsc::channel::<()>();
+        let started = start(lun, format(), move || {
+            let _ = waits.recv();
+        })
+        .unwrap();
+        let progress = background.sense().and_then(|sense| sense.specific);
+        assert_eq!(progress, Some(KeySpecific::Progress(0)));
+        drop(go_on);
+        background.wait(started, &Cancel::default()).unwrap();
     }
 
     #[test]

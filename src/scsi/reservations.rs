@@ -554,6 +554,59 @@ mod tests {
         assert_eq!(Reservations::of(&notes).state(), State::default());
     }
 
+    /// What is to be noted, or not to be any more, is not done at once.
+    #[test]
+    fn a_change_at_once_is_one_that_nothing_is_noted_of() {
+        let (notes, port) = (Notes::in_memory(), Port(1));
+        let reservations = Reservations::of(&notes);
+        let register = |new, survives| Change::Register { old: None, new, survives };
+        assert_eq!(reservations.change_now(port, register(1, true)), None);
+        assert_eq!(reservations.state(), State::default());
+        assert!(reservations.change_now(port, register(1, false)).unwrap().is_ok());
+        reservations.change(port, register(2, true), &notes).unwrap();
+        let before = reservations.state();
+        assert_eq!(reservations.change_now(port, register(3, false)), None);
+        assert_eq!(reservations.change_now(port, Change::Clear { key: 2 }), None);
+        assert_eq!(reservations.state(), before);
+        let _alone = lock(&reservations.changing);
+        assert_eq!(
+            reservations.change_now(port, Change::Clear { key: 9 }),
+            None,
+            "it is not known"
+        );
+    }
+
+    #[test]
+    fn a_reserve_of_old_is_its_holders() {
+        let reservations = Reservations::default();
+        let (one, other) = (Port(1), Port(2));
+        reservations.reserve(one).unwrap();
+        reservations.nexus_lost(other);
+        assert_eq!(reservations.release(other), Ok(()));
+        let write = |port| reservations.check(port, Conflict::Always, &Cdb::new(&[]));
+        assert_eq!((write(one), write(other)), (Ok(()), Err(CONFLICT)));
+        reservations.nexus_lost(one);
+        assert_eq!(write(other), Ok(()));
+    }
+
+    /// Who moves a reservation says anew whether all of it survives.
+    #[test]
+    fn a_move_has_an_aptpl_of_its_own() {
+        let notes = Notes::in_memory();
+        let (one, other) = (Port(1), Port(2));
+        let reservations = Reservations::of(&notes);
+        let change = |who, change| reservations.change(who, change, &notes).unwrap();
+        change(one, Change::Register { old: None, new: 1, survives: false });
+        change(one, Change::Reserve { key: 1, kind: Type::WriteExclusive });
+        let moving =
+            |key, to, survives| Change::Move { key, other: 7, to, unregister: true, survives };
+        change(one, moving(1, other, true));
+        assert!(Reservations::of(&notes).state().holds(other));
+        change(other, moving(7, one, false));
+        assert_eq!(Reservations::of(&notes).state(), State::default());
+        assert!(reservations.state().holds(one));
+    }
+
     /// A RESERVE that was answered GOOD is not undone by a registration that was being noted meanwhile, and one that has
     /// ended does not come back.
     #[test]

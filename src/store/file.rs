@@ -1281,6 +1281,8 @@ pub fn stable_name(path: &Path) -> io::Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
     const PLAIN: OpenOptionsFor =
@@ -1333,6 +1335,44 @@ mod tests {
             std::fs::remove_dir(&left).unwrap();
             store.flush().unwrap();
             stable.run(&store).unwrap();
+        }
+    }
+
+    /// Whichever way something is written, the next flush has something to flush.
+    #[test]
+    fn a_flush_knows_of_every_write() {
+        for direct in [false, true] {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            file.as_file().set_len(1 << 20).unwrap();
+            let options = OpenOptionsFor { direct, block_size: 4096, ..PLAIN };
+            let Ok(store) = FileStore::open(file.path(), &options) else {
+                eprintln!("NOT PROVED: no O_DIRECT here");
+                continue;
+            };
+            let has_something = || {
+                let told = Cell::new(false);
+                let flush = |some| {
+                    told.set(some);
+                    Ok(())
+                };
+                store.write_back.flush(flush).unwrap();
+                told.get()
+            };
+            assert!(has_something() && !has_something());
+            let from = Buffers::copy_of(&[7; 4096]).unwrap();
+            let cached = Operation::Write { offset: 0, from, durability: Durability::Cached };
+            // The first one finds out that the host does not say whether it would wait.
+            if (0..4).any(|_| store.try_now(&cached).is_some()) {
+                assert!(has_something(), "at once");
+            } else if !direct {
+                eprintln!("NOT PROVED: no write at once here");
+            }
+            cached.run(&store).unwrap();
+            assert!(has_something(), "cached, direct {direct}");
+            store.deallocate(0..65536).unwrap();
+            assert!(has_something(), "deallocated, direct {direct}");
+            store.reserve(0..65536).unwrap();
+            assert!(has_something(), "reserved, direct {direct}");
         }
     }
 

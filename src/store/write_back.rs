@@ -416,6 +416,10 @@ mod tests {
         };
         one.flush(during).unwrap();
         assert!(!some(&one));
+        let other = write_back(1 << 20).short_of_room();
+        other.flush(|_| failing(libc::ENOSPC)).unwrap_err();
+        assert!(some(&other), "one that had no room has covered nothing");
+        assert!(!some(&other));
     }
 
     #[test]

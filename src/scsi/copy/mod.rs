@@ -114,9 +114,9 @@ impl Operation {
         change(&mut self.lock());
     }
 
-    /// Whether it shall end: it was told to, or its initiator is gone.
+    /// Whether it was told to end, as it is when its initiator goes.
     pub fn shall_end(&self) -> bool {
-        self.cancel.is_requested() || self.owner.strong_count() == 0
+        self.cancel.is_requested()
     }
 
     /// Whether this initiator has asked for it.
@@ -231,7 +231,6 @@ impl CopyManager {
     ) -> Result<Running, ScsiError> {
         let mut all = self.operations();
         let running = |o: &Operation| o.report().status.is_running();
-        all.retain(|o| o.owner.strong_count() > 0 || running(o));
         let same = |o: &Operation| start.list_id.is_some_and(|id| o.is(nexus, lun, id));
         if all.iter().any(|o| same(o) && running(o)) {
             return Err(ScsiError::illegal(asc::OPERATION_IN_PROGRESS));
@@ -373,5 +372,143 @@ impl ScsiError {
             | ScsiError::Overrun
             | ScsiError::Aborted => Sense::new(Key::CopyAborted, asc::NONE),
         }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::scsi::{LunNumber, LunSettings, Target};
+    use crate::store::Store;
+    use crate::store::mem::MemStore;
+
+    /// A disk of so many bytes a block.
+    pub(in crate::scsi) fn disk(
+        index: usize,
+        block_size: u32,
+        store: impl Store + 'static,
+    ) -> Arc<Lun> {
+        let settings = LunSettings {
+            target: 0,
+            lun: LunNumber::MIN,
+            serial: format!("D{index}"),
+            naa: vec![0x30; 8],
+            block_size,
+            physical_block_size: block_size,
+            rotational: false,
+            discard: true,
+            discard_granularity: 512,
+            detect_zeroes: Default::default(),
+            write_cache: true,
+        };
+        Arc::new(Lun::new(settings, index, Arc::new(store)).unwrap())
+    }
+
+    /// A target of two disks for so many initiators.
+    pub(in crate::scsi) fn target(ports: u16) -> Arc<Target> {
+        let disks = [0, 1].map(|index| disk(index, 512, MemStore::new(1 << 20)));
+        Arc::new(Target::new(disks.into(), ports))
+    }
+
+    /// Enters a copy that was asked of a disk.
+    pub(in crate::scsi) fn begin(
+        target: &Target,
+        nexus: &Arc<Nexus>,
+        disk: usize,
+        list_id: u32,
+    ) -> Result<Running, ScsiError> {
+        let start =
+            Start { list_id: Some(list_id), service_action: 1, hold: true, immediate: true };
+        target.copies().begin(nexus, &target.disks()[disk], Vec::new(), &start)
+    }
+
+    #[test]
+    fn a_list_identifier_is_in_use_as_long_as_its_copy() {
+        let target = target(1);
+        let (nexus, disk) = (target.connect(Port(1)), &target.disks()[0]);
+        let first = begin(&target, &nexus, 0, 7).unwrap();
+        let in_use = Err(ScsiError::illegal(asc::OPERATION_IN_PROGRESS));
+        assert_eq!(begin(&target, &nexus, 0, 7).map(drop), in_use);
+        let found = || target.copies().find(&nexus, disk, 7, 0).unwrap();
+        assert!(Arc::ptr_eq(&found(), &first.operation), "and that one can be ended");
+        begin(&target, &nexus, 1, 7).unwrap();
+        begin(&target, &nexus, 0, 8).unwrap();
+        first.run(|_| Ok(())).unwrap();
+        let second = begin(&target, &nexus, 0, 7).unwrap();
+        assert!(Arc::ptr_eq(&found(), &second.operation), "what is told is of the newer one");
+    }
+
+    /// One that begins while others are forgotten can still be asked about, and ended.
+    #[test]
+    fn a_copy_that_runs_is_not_forgotten() {
+        let target = target(1);
+        let nexus = target.connect(Port(1));
+        let (running, ended) = (begin(&target, &nexus, 0, 1), begin(&target, &nexus, 0, 2));
+        ended.unwrap().run(|_| Ok(())).unwrap();
+        target.copies().forget_all(|_| true);
+        let find = |list_id| target.copies().find(&nexus, &target.disks()[0], list_id, 0);
+        assert!(find(1).is_ok() && find(2).is_err());
+        drop(running);
+        target.copies().forget_all(|_| true);
+        assert!(find(1).is_err());
+    }
+
+    /// Whatever the initiators' shares, a disk's threads are not all busy with copies.
+    #[test]
+    fn a_disk_is_asked_for_so_many_copies_at_most() {
+        let most = MAX_COPIES as u16;
+        let target = target(most + 1);
+        let all: Vec<_> = (1..=most + 1).map(|port| target.connect(Port(port))).collect();
+        let (last, others) = all.split_last().unwrap();
+        let mut running: Vec<_> =
+            others.iter().map(|nexus| begin(&target, nexus, 0, 1).unwrap()).collect();
+        let too_many = Err(ScsiError::illegal(asc::INSUFFICIENT_RESOURCES));
+        assert_eq!(begin(&target, last, 0, 1).map(drop), too_many);
+        begin(&target, last, 1, 1).unwrap();
+        running.pop();
+        begin(&target, last, 0, 2).unwrap();
+    }
+
+    /// A copy whose host hangs holds up nobody who does not want to wait for it any more.
+    #[test]
+    fn who_waits_for_the_end_of_a_copy_can_be_aborted() {
+        let target = target(1);
+        let nexus = target.connect(Port(1));
+        let running = begin(&target, &nexus, 0, 1).unwrap();
+        let cancel = Cancel::default();
+        cancel.request();
+        let abort = target.copies().abort(&running.operation, &cancel);
+        assert_eq!(abort, Err(ScsiError::Aborted));
+        assert!(running.operation.shall_end(), "all the same");
+    }
+
+    #[test]
+    fn a_copy_that_somebody_wanted_to_end_has_not_failed() {
+        let target = target(1);
+        let nexus = target.connect(Port(1));
+        for (result, status) in [
+            (Ok(()), Status::Done),
+            (Err(ScsiError::Aborted), Status::Terminated),
+            (Err(ScsiError::Busy), Status::Failed),
+        ] {
+            let running = begin(&target, &nexus, 0, 1).unwrap();
+            let operation = Arc::clone(&running.operation);
+            assert_eq!(running.run(|_| result), result);
+            let report = operation.report();
+            assert_eq!((report.status, report.sense.is_some()), (status, status == Status::Failed));
+        }
+        // Its command was taken back before it began.
+        let never = begin(&target, &nexus, 0, 1).unwrap();
+        let operation = Arc::clone(&never.operation);
+        drop(never);
+        assert_eq!(operation.report().status, Status::Terminated);
+        let partly = begin(&target, &nexus, 0, 1).unwrap();
+        let operation = Arc::clone(&partly.operation);
+        let work = |copy: &Operation| {
+            copy.update(|report| report.status = Status::Residual);
+            Ok(())
+        };
+        partly.run(work).unwrap();
+        assert_eq!(operation.report().status, Status::Residual);
     }
 }

@@ -453,3 +453,154 @@ fn make_token(
     token.iter_mut().zip(head.as_bytes()).for_each(|(to, from)| *to = *from);
     Ok(token)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scsi::copy::tests::{begin, target};
+    use crate::scsi::target::Target;
+    use crate::store::engine::Cancel;
+    use crate::store::{Buffers, Durability};
+
+    fn wanted(target: &Target, timeout: Duration) -> Wanted {
+        let lun = Arc::clone(&target.disks()[0]);
+        let creator = Creator { descriptor: [0; 32], geometry: [0; 8] };
+        Wanted { lun, creator, ranges: std::iter::once(0..512).collect(), keep: Keep::Not, timeout }
+    }
+
+    /// Makes a token by reference.
+    fn make(target: &Target, port: u16, timeout: Duration) -> Result<TokenBytes, ScsiError> {
+        let nexus = target.connect(Port(port));
+        let copy = begin(target, &nexus, 0, 1)?;
+        let (lun, cancel) = (Arc::clone(&target.disks()[0]), Cancel::default());
+        let mut leave = Leave::new(&copy.operation, &cancel, Some(&lun), None);
+        target.copies().rods().create(wanted(target, timeout), &mut leave)
+    }
+
+    const LONG: Duration = Duration::from_secs(3600);
+
+    fn rod(target: &Target, identifier: u64, timeout: Duration) -> Rod {
+        let creator = Creator { descriptor: [0; 32], geometry: [0; 8] };
+        Rod {
+            token: make_token(ACCESS_UPON_REFERENCE, identifier, &creator, 512).unwrap(),
+            owner: Port(1),
+            source: Arc::downgrade(&target.disks()[0]),
+            ranges: std::iter::once(0..512).collect(),
+            snapshot: None,
+            timeout,
+            used: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Whoever ends tokens finds those that there are; one that is being made meanwhile does not come after that.
+    #[test]
+    fn no_token_comes_of_a_copy_that_was_to_end() {
+        let target = target(1);
+        let nexus = target.connect(Port(1));
+        for way in ["ended", "aborted", "stopped"] {
+            let copy = begin(&target, &nexus, 0, 1).unwrap();
+            let (lun, cancel) = (&target.disks()[0], Cancel::default());
+            match way {
+                "ended" => copy.operation.cancel.request(),
+                "aborted" => cancel.request(),
+                _ => lun.set_started(false),
+            }
+            let mut leave = Leave::new(&copy.operation, &cancel, Some(lun), None);
+            let rods = target.copies().rods();
+            assert!(rods.create(wanted(&target, LONG), &mut leave).is_err(), "{way}");
+            assert!(rods.list().is_empty(), "{way}");
+        }
+    }
+
+    #[test]
+    fn a_token_that_is_being_used_does_not_expire() {
+        let target = target(1);
+        let brief = Duration::from_millis(1);
+        let used = Arc::new(rod(&target, 1, brief));
+        let mut state = State { live: vec![Arc::clone(&used)], ..State::default() };
+        std::thread::sleep(brief * 2);
+        state.bury();
+        assert_eq!((state.live.len(), state.dead.len()), (1, 0));
+        drop(used);
+        std::thread::sleep(brief * 2);
+        state.bury();
+        assert_eq!((state.live.len(), state.dead), (0, vec![(1, Death::Expired)]));
+    }
+
+    /// Its time begins anew with each use; and when that is over it cannot be used, whether or not somebody has noticed.
+    #[test]
+    fn a_token_lives_unused_for_its_time() {
+        let target = target(1);
+        let rods = Rods::new(1);
+        let expired = Err(ScsiError::illegal(asc::TOKEN_EXPIRED));
+        let token = {
+            let rod = rod(&target, 1, Duration::ZERO);
+            let token = rod.token;
+            rods.state().live.push(Arc::new(rod));
+            token
+        };
+        assert_eq!(rods.find(&token).map(drop), expired);
+        rods.state().live.push(Arc::new(rod(&target, 3, Duration::ZERO)));
+        assert!(rods.list().is_empty());
+        let rod = rod(&target, 2, LONG);
+        let token = rod.token;
+        let made = *rod.used.lock().unwrap();
+        rods.state().live.push(Arc::new(rod));
+        while Instant::now() == made {}
+        assert!(*rods.find(&token).unwrap().used.lock().unwrap() > made);
+        // Nobody can guess one from what is told of it.
+        let mut guessed = token;
+        guessed[MANAGEMENT_TOKEN_LEN] ^= 1;
+        let corrupt = Err(ScsiError::illegal(asc::TOKEN_CORRUPT));
+        assert_eq!(rods.find(&guessed).map(drop), corrupt);
+    }
+
+    /// Tokens expire though nobody asks, those of before and those that come when there was none for a while.
+    #[test]
+    fn there_is_always_somebody_who_buries_tokens() {
+        let target = target(1);
+        for _ in 0..3 {
+            make(&target, 1, Duration::from_millis(1)).unwrap();
+            let started = Instant::now();
+            let is_buried = |state: &State| state.live.is_empty() && !state.reaping;
+            while !is_buried(&target.copies().rods().state()) {
+                assert!(started.elapsed() < Duration::from_secs(60), "it lives for ever");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+
+    /// What is told of a copy, and what is left of it, counts all ranges of its token.
+    #[test]
+    fn a_copy_of_several_ranges_counts_all_of_them() {
+        let target = target(1);
+        let [from, to] = target.disks() else { panic!("two disks") };
+        for n in [0u64, 1] {
+            let data = Buffers::copy_of(&[n as u8 + 1; 4096]).unwrap();
+            from.store().write(n * 8192, &data, Durability::Cached).unwrap();
+        }
+        let mut rod = rod(&target, 1, LONG);
+        rod.ranges = vec![0..4096, 8192..12288];
+        let mut told = Vec::new();
+        let mut all = |done| {
+            told.push(done);
+            true
+        };
+        rod.copy_to(from, 512, 4096, to, 0, &mut all).unwrap();
+        assert!(told.is_sorted() && told.last().is_some_and(|last| *last >= 3584), "{told:?}");
+        let copied = Buffers::zeroed(4096).unwrap();
+        to.store().read(0, &copied).unwrap();
+        assert_eq!(copied.to_vec(4096), [[1; 3584].as_slice(), &[2; 512]].concat());
+        let error = rod.copy_to(from, 512, 4096, to, 0, &mut |done| done < 3584).unwrap_err();
+        assert_eq!((error.done, error.error.cause), (3584, Cause::Cancelled));
+    }
+
+    #[test]
+    fn the_dead_are_remembered_while_there_is_room() {
+        let mut state = State::default();
+        let last = MAX_DEAD as u64 + 10;
+        (0..=last).for_each(|identifier| state.remember(identifier, Death::Deleted));
+        assert_eq!(state.dead.len(), MAX_DEAD);
+        assert_eq!(state.dead.last(), Some(&(last, Death::Deleted)));
+    }
+}

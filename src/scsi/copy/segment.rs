@@ -330,3 +330,199 @@ fn usable(lun: &Lun, port: Port, conflict: Conflict) -> Result<(), ScsiError> {
     let ready = ready.and_then(|()| lun.reservations().check(port, conflict, &Cdb::new(&[])));
     ready.map_err(|_| copy_aborted(asc::COPY_TARGET_DEVICE_NOT_REACHABLE))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scsi::background::{Work, start};
+    use crate::scsi::copy::tests::{begin, disk};
+    use crate::scsi::fill::Fill;
+    use crate::scsi::target::Target;
+    use crate::scsi::{Lun, LunSettings};
+    use crate::store::faults::Faults;
+    use crate::store::mem::MemStore;
+    use crate::store::{Buffers, Durability, Kind};
+
+    const SIZE: u64 = 1 << 20;
+
+    fn fill(lun: &Lun, byte: u8) {
+        let all = Buffers::copy_of(&vec![byte; SIZE as usize]).unwrap();
+        lun.store().write(0, &all, Durability::Cached).unwrap();
+    }
+
+    fn contents(lun: &Lun) -> Vec<u8> {
+        let all = Buffers::zeroed(SIZE as usize).unwrap();
+        lun.store().read(0, &all).unwrap();
+        all.to_vec(SIZE as usize)
+    }
+
+    /// Runs one segment; what came of it, and the bytes that were told.
+    fn run_one(from: &Arc<Lun>, to: &Arc<Lun>, what: What) -> (Result<(), ScsiError>, u64) {
+        let target = Arc::new(Target::new(vec![Arc::clone(from), Arc::clone(to)], 1));
+        let nexus = target.connect(Port(1));
+        let running = begin(&target, &nexus, 0, 1).unwrap();
+        let segment =
+            Segment { source: Some(Arc::clone(from)), destination: Some(Arc::clone(to)), what };
+        let result = run(&running.operation, &[segment], &Cancel::default());
+        (result, running.operation.report().bytes)
+    }
+
+    fn of_blocks(count: u16, destination: u64, strip: bool, pad: bool) -> What {
+        What::Blocks { by_destination: false, count, source: 0, destination, strip, pad }
+    }
+
+    fn failed(asc: crate::scsi::sense::Asc, residual: u64) -> Result<(), ScsiError> {
+        let sense = Sense::new(Key::CopyAborted, asc);
+        Err(ScsiError::Check(Sense {
+            information: Some(residual),
+            command_specific: Some(0),
+            ..sense
+        }))
+    }
+
+    /// The PAD of the destination is stronger than that of the source.
+    #[test]
+    fn what_does_not_fill_a_block_is_padded_dropped_or_refused() {
+        for (strip, pad) in [(false, true), (true, true), (true, false), (false, false)] {
+            for count in [11u16, 3] {
+                let from = disk(0, 512, MemStore::new(SIZE));
+                let to = disk(1, 4096, MemStore::new(SIZE));
+                fill(&from, 7);
+                fill(&to, 9);
+                let bytes = usize::from(count) * 512;
+                let (copied, padded) = match (strip, pad) {
+                    (_, true) => (bytes, bytes.next_multiple_of(4096)),
+                    (true, false) => (bytes - bytes % 4096, bytes - bytes % 4096),
+                    (false, false) => (0, 0),
+                };
+                let mut expected = vec![9; SIZE as usize];
+                expected[4096..4096 + copied].fill(7);
+                expected[4096 + copied..4096 + padded].fill(0);
+                let (result, told) = run_one(&from, &to, of_blocks(count, 1, strip, pad));
+                let refused = failed(asc::UNEXPECTED_INEXACT_SEGMENT, count.into());
+                assert_eq!(result, if strip || pad { Ok(()) } else { refused });
+                assert_eq!(told, copied as u64, "{count} {strip} {pad}");
+                assert!(contents(&to) == expected, "{count} {strip} {pad}");
+            }
+        }
+    }
+
+    #[test]
+    fn neither_end_of_a_segment_is_past_the_end() {
+        let (from, to) = (disk(0, 512, MemStore::new(SIZE)), disk(1, 512, MemStore::new(SIZE)));
+        fill(&to, 9);
+        let last = SIZE / 512 - 1;
+        let of = |source, destination| What::Blocks {
+            by_destination: false,
+            count: 2,
+            source,
+            destination,
+            strip: false,
+            pad: false,
+        };
+        for (source, destination) in [(last, 0), (0, last), (u64::MAX, 0), (0, u64::MAX)] {
+            assert_eq!(run_one(&from, &to, of(source, destination)), (failed(asc::NONE, 2), 0));
+        }
+        assert!(contents(&to) == vec![9; SIZE as usize], "nothing was written");
+        assert_eq!(run_one(&from, &to, of(last - 1, last - 1)), (Ok(()), 1024));
+    }
+
+    /// In the middle of a segment as at its beginning, whoever wants it to end, or does not let it in any more.
+    #[test]
+    fn each_step_is_asked_for() {
+        let (from, to) = (disk(0, 512, MemStore::new(SIZE)), disk(1, 512, MemStore::new(SIZE)));
+        let target = Arc::new(Target::new(vec![Arc::clone(&from), Arc::clone(&to)], 1));
+        let nexus = target.connect(Port(1));
+        let running = begin(&target, &nexus, 0, 1).unwrap();
+        let cancel = Cancel::default();
+        let mut leave = Leave::new(&running.operation, &cancel, Some(&from), Some(&to));
+        let kept = CopyError { side: Side::Destination, error: Cause::Cancelled.into(), done: 0 };
+        let keeps_out = copy_aborted(asc::COPY_TARGET_DEVICE_NOT_REACHABLE);
+        assert!(leave.step(512));
+        for lun in [&from, &to] {
+            lun.set_started(false);
+            assert!(!leave.step(1024));
+            assert_eq!(leave.why(&kept, &to), keeps_out);
+            lun.set_started(true);
+            let (go_on, waits) = std::sync::mpsc::channel::<()>();
+            let first = move || {
+                let _ = waits.recv();
+            };
+            let started = start(lun, Work::Format(Fill::Anchored), first).unwrap();
+            assert!(!leave.step(1024));
+            assert_eq!(leave.why(&kept, &to), keeps_out);
+            drop(go_on);
+            lun.background().wait(started, &Cancel::default()).unwrap();
+            assert!(leave.step(1024));
+        }
+        cancel.request();
+        assert!(!leave.step(2048));
+        assert_eq!(leave.why(&kept, &to), ScsiError::Aborted);
+        assert_eq!(running.operation.report().bytes, 2048);
+    }
+
+    /// A hole becomes one where that is one, and space where every block has its own.
+    #[test]
+    fn a_thick_disk_has_no_holes() {
+        for thin in [true, false] {
+            let settings = LunSettings {
+                discard: thin,
+                ..disk(1, 512, MemStore::new(SIZE)).settings().clone()
+            };
+            let from = disk(0, 512, MemStore::new(SIZE));
+            let to = Arc::new(Lun::new(settings, 1, Arc::new(MemStore::new(SIZE))).unwrap());
+            fill(&to, 9);
+            assert_eq!(run_one(&from, &to, of_blocks(128, 0, false, false)), (Ok(()), 65536));
+            let kinds: Vec<Kind> =
+                to.store().extents(0..65536, 9).unwrap().iter().map(|e| e.kind).collect();
+            assert_eq!(kinds, [if thin { Kind::Hole } else { Kind::Reserved }], "{thin}");
+        }
+    }
+
+    /// Without a write cache a copy is on the medium when it is done.
+    #[test]
+    fn what_was_copied_is_settled() {
+        for write_cache in [true, false] {
+            let settings =
+                LunSettings { write_cache, ..disk(1, 512, MemStore::new(SIZE)).settings().clone() };
+            let faults = vec!["flush:eio".parse().unwrap()];
+            let store = Arc::new(Faults::new(MemStore::new(SIZE), faults));
+            let to = Arc::new(Lun::new(settings, 1, store).unwrap());
+            let from = disk(0, 512, MemStore::new(SIZE));
+            fill(&from, 7);
+            let (result, _) = run_one(&from, &to, of_blocks(8, 0, false, false));
+            assert_eq!(result.is_ok(), write_cache);
+        }
+    }
+
+    /// What may go better soon is BUSY; no room says so; all else is for the host at that end to mend.
+    #[test]
+    fn why_a_segment_failed_is_told() {
+        let third_party = failed(asc::THIRD_PARTY_DEVICE_FAILURE, 8);
+        for (fault, expected) in [
+            ("read:enomem", Err(ScsiError::Busy)),
+            ("write:enomem", Err(ScsiError::Busy)),
+            ("read:eio", third_party),
+            ("write:eio", third_party),
+        ] {
+            let plain = || MemStore::new(SIZE);
+            let faults = || Faults::new(plain(), vec![fault.parse().unwrap()]);
+            let (from, to) = match fault.starts_with("read") {
+                true => (disk(0, 512, faults()), disk(1, 512, plain())),
+                false => (disk(0, 512, plain()), disk(1, 512, faults())),
+            };
+            let block = Buffers::copy_of(&[7; 4096]).unwrap();
+            from.store().write(0, &block, Durability::Cached).unwrap();
+            let (result, _) = run_one(&from, &to, of_blocks(8, 0, false, false));
+            assert_eq!(result, expected, "{fault}");
+        }
+        // All was copied, and the rest of its last block was not filled.
+        let from = disk(0, 512, MemStore::new(SIZE));
+        fill(&from, 7);
+        let faults = vec!["zero:eio".parse().unwrap()];
+        let to = disk(1, 4096, Faults::new(MemStore::new(SIZE), faults));
+        let (result, told) = run_one(&from, &to, of_blocks(11, 0, false, true));
+        assert_eq!(result, failed(asc::THIRD_PARTY_DEVICE_FAILURE, 0));
+        assert_eq!(told, 11 * 512);
+    }
+}
