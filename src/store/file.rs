@@ -827,7 +827,11 @@ impl Store for FileStore {
         };
         let room = sys::allocate(&self.file, offset, from.len() as u64);
         room.map_err(|e| StoreError::at(Cause::from(&e), offset))?;
-        let read = |at, into: &Buffers| self.read(at, into);
+        let read = |at, into: &Buffers| {
+            self.read(at, into)?;
+            // Else a crash would bring back what was there before that.
+            if self.direct { self.sync() } else { self.write_stable(at, into) }
+        };
         journal.write(offset, from, read, |offset, from| self.write_stable(offset, from))?;
         self.write_back.check()
     }
