@@ -278,12 +278,50 @@ fn a_new_image_inherits_nothing() {
     }
     // What thinlun has not made it does not remove.
     fs::remove_file(&disk).unwrap();
-    for left in [notes(&disk), journal(&disk)] {
+    let kept = [notes(&disk), journal(&disk)];
+    for left in kept.iter().flat_map(|kept| [kept.clone(), beside(kept, ".new")]) {
         fs::write(&left, "somebody else's").unwrap();
         refused(&scratch, &disk, "size=1M", &["disk.img.thinlun", "none of its files"]);
         assert_eq!(fs::read(&left).unwrap(), b"somebody else's");
+        fs::remove_file(&left).unwrap();
+        nix::unistd::mkfifo(&left, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        refused(&scratch, &disk, "size=1M", &["disk.img.thinlun", "none of its files"]);
         fs::remove_file(left).unwrap();
     }
+}
+
+/// What others have put where thinlun writes what it keeps is not written over, and not called kept.
+#[test]
+fn what_others_have_put_there_stays() {
+    let scratch = Scratch::new();
+    let disk = image(&scratch, "disk.img");
+    let left = [notes(&disk), journal(&disk)].map(|kept| beside(&kept, ".new"));
+    left.iter().for_each(|left| fs::write(left, "somebody else's").unwrap());
+    {
+        let daemon = serve(&scratch, &disk, "");
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        let write = || lun.run_out(Cdb::new(0x9c).byte(13, 8), &[7; 4096]);
+        assert!(!write().is_good() && !name(&lun, b"mine").is_good());
+        assert_eq!(lun.read16(0, 8), [1; 4096]);
+        let log = daemon.log();
+        for left in &left {
+            assert_eq!(fs::read(left).unwrap(), b"somebody else's");
+            let told = format!("{}: lies where thinlun would write", left.display());
+            assert!(log.contains(&told), "{log}");
+            fs::remove_file(left).unwrap();
+        }
+        write().expect_good();
+        name(&lun, b"mine").expect_good();
+    }
+    // Nor is it waited for.
+    left.iter().for_each(|left| nix::unistd::mkfifo(left, nix::sys::stat::Mode::S_IRWXU).unwrap());
+    let daemon = serve(&scratch, &disk, "");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    assert!(!lun.run_out(Cdb::new(0x9c).byte(13, 8), &[8; 4096]).is_good());
+    assert!(!name(&lun, b"another's").is_good());
+    assert_eq!(lun.read16(0, 8), [7; 4096]);
 }
 
 #[test]

@@ -489,7 +489,8 @@ fn what_another_daemon_is_writing_is_left_alone() {
     let left =
         |suffix: &str| PathBuf::from(format!("{}.thinlun{suffix}.new", hosts.disk.display()));
     let files: Vec<PathBuf> = ["", "-write"].map(left).into();
-    let write = || files.iter().for_each(|file| std::fs::write(file, vec![7; 1 << 20]).unwrap());
+    let begun = [&b"thinlun: write 3"[..], &[7; 1 << 20]].concat();
+    let write = || files.iter().for_each(|file| std::fs::write(file, &begun).unwrap());
     let there = || files.iter().filter(|file| file.exists()).count();
     write();
     let source = hosts.source("");
