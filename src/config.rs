@@ -15,6 +15,7 @@ use crate::store::file::{
     FileStore, OpenError, OpenOptionsFor, Provision, Surroundings, create, left_over, plain,
     stable_name,
 };
+use crate::store::sum::fnv_1a;
 
 /// Why the program does not start, and its exit status.
 #[derive(Debug, PartialEq, Eq)]
@@ -582,9 +583,7 @@ fn size(value: &str) -> Result<u64, String> {
 /// stays the same over restarts: 60 bits of its FNV-1a hash.
 fn derived_naa(name: &Path) -> Vec<u8> {
     use std::os::unix::ffi::OsStrExt;
-    let hash = name.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
+    let hash = fnv_1a(name.as_os_str().as_bytes());
     (0x3 << 60 | hash >> 4).to_be_bytes().to_vec()
 }
 

@@ -14,6 +14,7 @@ use frontend::daemon::{Scratch, host_read, host_write};
 use frontend::pattern::assert_same;
 use frontend::scsi::sense;
 use frontend::*;
+use mounts::fuse::Fuse;
 use mounts::{Kind, Mount, skipped};
 
 /// What lies beside an image.
@@ -36,17 +37,28 @@ fn identity(image: &Path) -> String {
     format!("inode:{} born:{}.{:09}", metadata.ino(), born.as_secs(), born.subsec_nanos())
 }
 
-/// The journal of a write of `byte` to an image, all of which it changes.
-fn journal_of(identity: &str, offset: u64, len: usize, byte: u8) -> Vec<u8> {
-    let mut bytes = b"thinlun: write 2".to_vec();
-    bytes.extend(offset.to_be_bytes());
-    bytes.extend((len as u64).to_be_bytes());
+/// FNV-1a, of 64 bits.
+fn sum(bytes: &[u8]) -> u64 {
+    let step = |sum: u64, byte: &u8| (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, step)
+}
+
+fn head(magic: &[u8; 16], identity: &str, offset: u64, len: usize) -> Vec<u8> {
     let mut image = identity.as_bytes().to_vec();
     image.resize(96, 0);
-    bytes.extend(image);
-    bytes.extend([0xff; 256]);
-    bytes.extend(vec![byte; len]);
-    bytes
+    [&magic[..], &offset.to_be_bytes(), &(len as u64).to_be_bytes(), &image].concat()
+}
+
+/// The journal of a write of `byte` to an image that held `old` there.
+fn journal_of(identity: &str, offset: u64, old: u8, len: usize, byte: u8) -> Vec<u8> {
+    let sums = sum(&[old; 512]).to_be_bytes().repeat(len / 512);
+    [head(b"thinlun: write 3", identity, offset, len), sums, vec![byte; len]].concat()
+}
+
+/// As a thinlun wrote it that only said which sectors it would change: all.
+fn second_journal_of(identity: &str, offset: u64, len: usize, byte: u8) -> Vec<u8> {
+    let changes = vec![0xff; 256];
+    [head(b"thinlun: write 2", identity, offset, len), changes, vec![byte; len]].concat()
 }
 
 /// As a thinlun wrote it that did not say which image it was about.
@@ -65,8 +77,8 @@ fn image(scratch: &Scratch, name: &str) -> PathBuf {
 
 /// The host has died in the middle of a WRITE ATOMIC of sevens to blocks 2 to 5.
 fn cut_off(image: &Path) {
-    host_write(image, 1024, &[7; 700]);
-    fs::write(journal(image), journal_of(&identity(image), 1024, 2048, 7)).unwrap();
+    host_write(image, 1024, &[7; 512]);
+    fs::write(journal(image), journal_of(&identity(image), 1024, 1, 2048, 7)).unwrap();
 }
 
 /// Whether it has been made good, and nothing else has changed.
@@ -143,6 +155,20 @@ fn assert_served_as_it_is(scratch: &Scratch, image: &Path, options: &str) {
     assert_eq!(lun.read16(0, 1), [5; 512]);
     assert_same(&fs::read(image).unwrap()[512..], &before[512..], "the image");
     assert!(!journal(image).exists());
+}
+
+/// By a thinlun that kept no sums.
+#[test]
+fn a_journal_of_an_older_thinlun_is_understood() {
+    let scratch = Scratch::new();
+    let disk = image(&scratch, "disk.img");
+    for old in [old_journal_of(1024, 2048, 7), second_journal_of(&identity(&disk), 1024, 2048, 7)] {
+        host_write(&disk, 1024, &[1; 2048]);
+        host_write(&disk, 1024, &[7; 700]);
+        fs::write(journal(&disk), old).unwrap();
+        drop(FrontEnd::connect(&serve(&scratch, &disk, "")));
+        assert!(is_whole(&disk) && !journal(&disk).exists());
+    }
 }
 
 #[test]
@@ -229,14 +255,14 @@ fn a_new_image_inherits_nothing() {
     let (first, rest) = named.split_once("\nimage=").unwrap();
     let unnamed = format!("{first}\n{}", rest.split_once('\n').unwrap().1);
     for (notes_left, journal_left) in [
-        (named.clone(), journal_of(&identity(&disk), 0, 4096, 9)),
+        (named.clone(), journal_of(&identity(&disk), 0, 1, 4096, 9)),
         (unnamed, old_journal_of(0, 4096, 9)),
     ] {
         fs::remove_file(&disk).unwrap();
         fs::write(notes(&disk), notes_left).unwrap();
         fs::write(journal(&disk), journal_left).unwrap();
         for left in [notes(&disk), journal(&disk)] {
-            fs::write(beside(&left, ".new"), b"the old guest's").unwrap();
+            fs::write(beside(&left, ".new"), b"thinlun: write 2, and the old guest's").unwrap();
         }
         // A start that fails leaves all as it is.
         refused(&scratch, &disk, "readonly,size=1M", &["not created"]);
@@ -252,12 +278,50 @@ fn a_new_image_inherits_nothing() {
     }
     // What thinlun has not made it does not remove.
     fs::remove_file(&disk).unwrap();
-    for left in [notes(&disk), journal(&disk)] {
+    let kept = [notes(&disk), journal(&disk)];
+    for left in kept.iter().flat_map(|kept| [kept.clone(), beside(kept, ".new")]) {
         fs::write(&left, "somebody else's").unwrap();
         refused(&scratch, &disk, "size=1M", &["disk.img.thinlun", "none of its files"]);
         assert_eq!(fs::read(&left).unwrap(), b"somebody else's");
+        fs::remove_file(&left).unwrap();
+        nix::unistd::mkfifo(&left, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        refused(&scratch, &disk, "size=1M", &["disk.img.thinlun", "none of its files"]);
         fs::remove_file(left).unwrap();
     }
+}
+
+/// What others have put where thinlun writes what it keeps is not written over, and not called kept.
+#[test]
+fn what_others_have_put_there_stays() {
+    let scratch = Scratch::new();
+    let disk = image(&scratch, "disk.img");
+    let left = [notes(&disk), journal(&disk)].map(|kept| beside(&kept, ".new"));
+    left.iter().for_each(|left| fs::write(left, "somebody else's").unwrap());
+    {
+        let daemon = serve(&scratch, &disk, "");
+        let fe = FrontEnd::connect(&daemon);
+        let lun = fe.ready_lun(0, 0);
+        let write = || lun.run_out(Cdb::new(0x9c).byte(13, 8), &[7; 4096]);
+        assert!(!write().is_good() && !name(&lun, b"mine").is_good());
+        assert_eq!(lun.read16(0, 8), [1; 4096]);
+        let log = daemon.log();
+        for left in &left {
+            assert_eq!(fs::read(left).unwrap(), b"somebody else's");
+            let told = format!("{}: lies where thinlun would write", left.display());
+            assert!(log.contains(&told), "{log}");
+            fs::remove_file(left).unwrap();
+        }
+        write().expect_good();
+        name(&lun, b"mine").expect_good();
+    }
+    // Nor is it waited for.
+    left.iter().for_each(|left| nix::unistd::mkfifo(left, nix::sys::stat::Mode::S_IRWXU).unwrap());
+    let daemon = serve(&scratch, &disk, "");
+    let fe = FrontEnd::connect(&daemon);
+    let lun = fe.ready_lun(0, 0);
+    assert!(!lun.run_out(Cdb::new(0x9c).byte(13, 8), &[8; 4096]).is_good());
+    assert!(!name(&lun, b"another's").is_good());
+    assert_eq!(lun.read16(0, 8), [7; 4096]);
 }
 
 #[test]
@@ -274,8 +338,9 @@ fn a_journal_is_not_made_good_over_a_smaller_image() {
             refused(&scratch, &disk, options, &["disk.img", "bytes 1024 to 3072", "has 2048"]);
         }
         assert_eq!(disk.metadata().unwrap().len(), 2048);
-        // As long as it was, it is made good.
+        // As it was, it is made good.
         File::options().write(true).open(&disk).unwrap().set_len(MIB).unwrap();
+        host_write(&disk, 2048, &[1; 1024]);
         drop(FrontEnd::connect(&serve(&scratch, &disk, "")));
         assert_eq!(host_read(&disk, 1024, 2048), [7; 2048]);
     }
@@ -336,6 +401,40 @@ fn a_restored_image_is_not_written_over_by_a_journal() {
             println!("{place}: {restored:?}");
             assert_served_as_it_is(&scratch, &disk, "");
         }
+    }
+}
+
+/// Nor where some of what was to be written is what the backup holds.
+#[test]
+fn a_backup_that_was_restored_in_place_is_not_written_over() {
+    // The journal itself is not where writes fail.
+    const AT: u64 = 2 * MIB;
+    let Some(fuse) = Fuse::new(false) else { return };
+    let (scratch, disk) = (Scratch::new(), fuse.path().join("disk.img"));
+    let half = MIB as usize / 2;
+    for backup in [0, 9] {
+        fs::write(&disk, vec![1; 4 * MIB as usize]).unwrap();
+        let mut daemon = serve(&scratch, &disk, "");
+        {
+            let fe = FrontEnd::connect(&daemon);
+            let lun = fe.ready_lun(0, 0);
+            // The backup's first quarter is what is written there.
+            let data = [vec![backup; half / 2], vec![2; half + half / 2]].concat();
+            fuse.fail_writes(Some(AT + half as u64..AT + MIB));
+            let write = Cdb::new(0x9c).be64(2, AT / 512).be16(12, (MIB / 512) as u16);
+            assert!(!lun.run_out(write, &data).is_good());
+        }
+        daemon.kill();
+        fuse.fail_writes(None);
+        assert!(journal(&disk).exists());
+        assert_eq!(host_read(&disk, AT, 512), [backup; 512], "it was begun");
+        fs::write(&disk, vec![backup; 4 * MIB as usize]).unwrap();
+        let daemon = serve(&scratch, &disk, "");
+        let fe = FrontEnd::connect(&daemon);
+        let found = fe.ready_lun(0, 0).read16(AT / 512, (MIB / 512) as u32);
+        assert_same(&found, &vec![backup; MIB as usize], "the backup");
+        assert!(!journal(&disk).exists());
+        assert!(daemon.log().contains("is not made again"), "{}", daemon.log());
     }
 }
 

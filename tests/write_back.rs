@@ -946,6 +946,38 @@ fn write_atomic(lun: &Lun<'_>, lba: u64, byte: u8) -> ScsiResponse {
     lun.run_out(cdb, &vec![byte; ATOMIC as usize])
 }
 
+/// What a journal calls the old bytes is what a crash of the host leaves: they have reached the medium before it is there.
+#[test]
+fn what_a_journal_knows_of_has_reached_the_medium() {
+    for _ in 0..8 {
+        // What was written before is in the page cache, and the server has none of it.
+        let Some(fuse) = Fuse::new(true) else { return };
+        let disk = fuse.path().join("disk.img");
+        std::fs::write(&disk, vec![1; SIZE as usize]).unwrap();
+        File::open(&disk).unwrap().sync_all().unwrap();
+        let scratch = Scratch::new();
+        let daemon = cluster(&scratch, &disk, "");
+        let [a, _] = guests(&daemon);
+        let a = a.ready_lun(0, 0);
+        a.write16(0, &vec![3; ATOMIC as usize]);
+        let behind = |name: &str| fuse.behind().join(name);
+        assert_eq!(host_read(&behind("disk.img"), 0, 512), [1; 512]);
+        let bytes = std::thread::scope(|scope| {
+            let writing = scope.spawn(|| write_atomic(&a, 0, 2).expect_good());
+            while !behind("disk.img.thinlun-write").exists() && !writing.is_finished() {
+                std::hint::spin_loop();
+            }
+            let stopped = fuse.stop();
+            let bytes = host_read(&behind("disk.img"), 0, ATOMIC as usize);
+            drop(stopped);
+            writing.join().unwrap();
+            bytes
+        });
+        assert!(!bytes.contains(&1), "what was overwritten before would come back");
+        assert_eq!(a.read16(0, 8), [2; 4096]);
+    }
+}
+
 /// An atomic write that fails halfway keeps its journal: it is whole before anybody sees its blocks again, and never comes
 /// back over what was written there later.
 #[test]

@@ -10,16 +10,23 @@ use std::sync::{Arc, mpsc};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
-use nix::sys::stat::{Mode, fstatat};
+use nix::sys::stat::{Mode, SFlag, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::Pool;
+use super::{Pool, journal, notes};
 use crate::sandbox::{self, Role};
 
 const OURS: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 
+/// Of a file that is not ours and has the name that one of ours is to be written under.
+const IN_THE_WAY: &str =
+    "lies where thinlun would write what it keeps, and is none of its files: move it away";
+
 /// What is added to a name while a file is written that is to have it.
 pub(super) const NEW: &str = ".new";
+
+/// What is looked at of a file to see whose it is, in bytes: more than all of ours begin with.
+const HEAD: u64 = 64;
 
 /// How a file is opened that may be anything: what is no file of ours is not followed and not waited for.
 const LOOK: OFlag =
@@ -60,6 +67,20 @@ fn remove(directory: &File, name: &OsString) -> nix::Result<()> {
         Err(Errno::ENOENT) => Ok(()),
         other => other,
     }
+}
+
+/// Whether what has a name that ends with [`NEW`] was begun by a thinlun: a file that begins as ours do, as far as it was
+/// written.
+fn is_begun(directory: &File, name: &OsString) -> nix::Result<bool> {
+    let found = fstatat(directory, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+    if SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
+        return Ok(false);
+    }
+    let file = File::from(openat(directory, name.as_os_str(), LOOK, Mode::empty())?);
+    let mut head = Vec::new();
+    let read = file.take(HEAD).read_to_end(&mut head);
+    read.map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    Ok(notes::is_begun(&head) || journal::is_begun(&head))
 }
 
 impl Directory {
@@ -152,13 +173,19 @@ impl Directory {
         name
     }
 
-    /// Removes what was begun beside the image and never had its name: where nobody else is at it. It is in nobody's way if
-    /// it stays.
+    /// Removes what was begun beside the image and never had its name: where nobody else is at it. What others have put there
+    /// stays, and nothing can be kept until they take it away.
     pub(super) fn remove_unfinished<const N: usize>(self: &Arc<Self>, suffixes: [&'static str; N]) {
         let _ = self.with_names_once(move |on| {
             for suffix in suffixes {
-                if !on.is_replaced() {
-                    let _ = remove(&on.file, &on.name_of(&format!("{suffix}{NEW}")));
+                let name = on.name_of(&format!("{suffix}{NEW}"));
+                match is_begun(&on.file, &name) {
+                    _ if on.is_replaced() => {}
+                    Ok(true) => drop(remove(&on.file, &name)),
+                    Err(Errno::ENOENT | Errno::ENAMETOOLONG) => {}
+                    Ok(false) | Err(_) => {
+                        log::warn!("{}: {IN_THE_WAY}", on.path.with_file_name(&name).display());
+                    }
                 }
             }
             Ok(())
@@ -290,14 +317,16 @@ impl Beside {
     ) -> Result<(), Failed> {
         let mut new = self.name.clone();
         new.push(NEW);
-        let made = self.fill(&new, fill).and_then(|()| {
+        let failed = |error| Failed { error, happened: false };
+        let mut file = self.open_new(&new).map_err(failed)?;
+        let made = fill(&mut file).and_then(|()| file.sync_all()).and_then(|()| {
             let (from, to) = (new.clone(), self.name.clone());
             self.with_names(move |d| renameat(d, from.as_os_str(), d, to.as_os_str()))
         });
         if let Err(error) = made {
             // Nothing is left of it, where that can be had.
             let _ = self.with_names(move |d| remove(d, &new));
-            return Err(Failed { error, happened: false });
+            return Err(failed(error));
         }
         self.make_last()
     }
@@ -306,17 +335,26 @@ impl Beside {
         self.directory.make_last().map_err(|error| Failed { error, happened: true })
     }
 
-    fn fill(
-        &self,
-        new: &OsString,
-        fill: impl FnOnce(&mut File) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let (name, flags) = (new.clone(), OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC);
-        let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let file = self.with_names(move |d| openat(d, name.as_os_str(), flags, OURS))?;
-        let mut file = File::from(file);
-        fill(&mut file)?;
-        file.sync_all()
+    /// A file of this name that was not there before, or was begun by one of us.
+    fn open_new(&self, name: &OsString) -> io::Result<File> {
+        let new = name.clone();
+        let flags =
+            OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let opened = self.with_names(move |d| match openat(d, new.as_os_str(), flags, OURS) {
+            Err(Errno::EEXIST) if is_begun(d, &new)? => {
+                remove(d, &new)?;
+                openat(d, new.as_os_str(), flags, OURS)
+            }
+            other => other,
+        });
+        let file = opened.map_err(|error| match error.kind() {
+            ErrorKind::AlreadyExists => {
+                let other = self.directory.path.with_file_name(name);
+                io::Error::new(error.kind(), format!("{} {IN_THE_WAY}", other.display()))
+            }
+            _ => error,
+        })?;
+        Ok(File::from(file))
     }
 
     /// Removes it, if it is there. When it returns, a crash does not bring it back.
@@ -373,7 +411,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (_, directory) = image(folder.path());
         let left = folder.path().join("disk.img.kept.new");
-        fs::write(&left, "secret").unwrap();
+        fs::write(&left, "# thinlun remembers").unwrap();
         fs::write(folder.path().join("disk.img.kept"), "kept").unwrap();
         for alone in [false, true] {
             if alone {
@@ -384,6 +422,62 @@ mod tests {
             assert!(other.is_none());
             assert_eq!(left.exists(), !alone);
         }
+    }
+
+    /// Where a file of ours was begun there is nothing in it, or what ours begin with, as far as it came.
+    #[test]
+    fn what_others_have_put_there_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, directory) = image(folder.path());
+        let left = folder.path().join("disk.img.kept.new");
+        let notes = b"# thinlun remembers this of the image beside it.";
+        let mut ours = vec![Vec::new(), b"#".to_vec(), b"thinlun: wri".to_vec(), notes.to_vec()];
+        ours.push([&notes[..], b"\nimage=inode:1\n"].concat());
+        for magic in [&b"thinlun: writing"[..], b"thinlun: write 2", b"thinlun: write 3"] {
+            ours.extend([magic.to_vec(), [magic, &[7; 70_000]].concat()]);
+        }
+        for bytes in ours {
+            fs::write(&left, &bytes).unwrap();
+            directory.remove_unfinished([".kept"]);
+            assert!(!left.exists(), "{:?}", String::from_utf8_lossy(&bytes[..bytes.len().min(60)]));
+        }
+        let beside = Beside::of(&directory, ".kept");
+        let stays = |what: &str| {
+            directory.remove_unfinished([".kept"]);
+            beside.replace(|file| file.write_all(b"ours")).unwrap_err();
+            beside.remove().unwrap();
+            assert!(left.symlink_metadata().is_ok(), "{what}");
+        };
+        for foreign in ["\n", "secret", "# thinlun remembers nothing", "thinlun: write 4", "##"] {
+            fs::write(&left, foreign).unwrap();
+            stays(foreign);
+            assert_eq!(fs::read_to_string(&left).unwrap(), foreign);
+            fs::remove_file(&left).unwrap();
+        }
+        // Nor is anything followed, or waited for.
+        let target = folder.path().join("target");
+        for text in ["", "thinlun: write 2"] {
+            fs::write(&target, text).unwrap();
+            std::os::unix::fs::symlink(&target, &left).unwrap();
+            stays("a link");
+            assert_eq!(fs::read_to_string(&target).unwrap(), text);
+            fs::remove_file(&left).unwrap();
+        }
+        std::os::unix::fs::symlink(folder.path().join("nowhere"), &left).unwrap();
+        stays("a link that leads nowhere");
+        fs::remove_file(&left).unwrap();
+        nix::unistd::mkfifo(&left, OURS).unwrap();
+        stays("a FIFO");
+        fs::remove_file(&left).unwrap();
+        fs::create_dir(&left).unwrap();
+        stays("a directory");
+        fs::remove_dir(&left).unwrap();
+        // Another name of it is another's.
+        fs::write(&target, "thinlun: write 2, and more").unwrap();
+        fs::hard_link(&target, &left).unwrap();
+        beside.replace(|file| file.write_all(b"ours")).unwrap();
+        assert_eq!(fs::read_to_string(&target).unwrap(), "thinlun: write 2, and more");
+        assert_eq!(fs::read(beside.path()).unwrap(), b"ours");
     }
 
     /// The name of the image has been given to another file, to which then belongs what lies beside it.

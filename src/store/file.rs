@@ -815,7 +815,11 @@ impl Store for FileStore {
         };
         let room = sys::allocate(&self.file, offset, from.len() as u64);
         room.map_err(|e| StoreError::at(Cause::from(&e), offset))?;
-        let read = |at, into: &Buffers| self.read(at, into);
+        let read = |at, into: &Buffers| {
+            self.read(at, into)?;
+            // Else a crash would bring back what was there before that.
+            self.stabilize(at, into)
+        };
         journal.write(offset, from, read, |offset, from| self.write_stable(offset, from))?;
         self.write_back.check()
     }
@@ -1238,31 +1242,36 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 /// If it is nothing that thinlun has made.
 pub fn left_over(path: &Path) -> Result<Vec<PathBuf>, OpenError> {
     let name = stable_name(path).map_err(|e| plain(&e))?;
-    let mut found = Vec::new();
+    let mut all = Vec::new();
     for suffix in [notes::SUFFIX, journal::SUFFIX] {
         for new in ["", beside::NEW] {
             let file = with_suffix(&with_suffix(&name, suffix), new);
-            match file.symlink_metadata() {
+            let found = match file.symlink_metadata() {
                 Err(e) if e.kind() == ErrorKind::NotFound => continue,
                 Err(e) if e.raw_os_error() == Some(libc::ENAMETOOLONG) => continue,
                 Err(e) => return Err(format!("{}: {}", file.display(), plain(&e)).into()),
-                Ok(_) => {}
-            }
-            let bytes = beside::peek(&file, journal::MAX_FILE)
-                .map_err(|e| format!("{}: {}", file.display(), plain(&e)))?;
-            // What was begun may have no head yet.
-            let ours = notes::is_ours(&bytes) || journal::is_ours(&bytes);
-            if !ours && (new.is_empty() || bytes.len() as u64 == journal::MAX_FILE) {
+                Ok(metadata) => metadata,
+            };
+            let bytes = match found.is_file() {
+                true => beside::peek(&file, 4096)
+                    .map_err(|e| format!("{}: {}", file.display(), plain(&e)))?,
+                false => Vec::new(),
+            };
+            let ours = match new.is_empty() {
+                true => notes::is_ours(&bytes) || journal::is_ours(&bytes),
+                false => notes::is_begun(&bytes) || journal::is_begun(&bytes),
+            };
+            if !found.is_file() || !ours {
                 return Err(format!(
                     "{} lies where thinlun would keep what it remembers, and is none of its files: move it away",
                     file.display()
                 )
                 .into());
             }
-            found.push(file);
+            all.push(file);
         }
     }
-    Ok(found)
+    Ok(all)
 }
 
 /// The name a file keeps over restarts: its directory resolved, its own name as given, so that a

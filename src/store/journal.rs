@@ -3,8 +3,9 @@
 //! been. If it is there at the start, the write is made again.
 //!
 //! A write that is made again at the wrong place or time destroys what was written since. So the file says which image it
-//! is about, and which parts of it the write would change: where none of these holds what was to be written, it had not
-//! begun, or the image is another or an older one, and the journal is void.
+//! is about, and what was there before, by a sum of each sector. In an image that the write was cut off in, every sector
+//! is as it was or as it was to be. Where one is neither, the image is another, an older or a newer one, and the journal
+//! is void; so it is where all are as they were.
 
 use std::io::{self, ErrorKind, Write};
 use std::ops::Range;
@@ -16,6 +17,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::beside::{Beside, Directory, Failed};
 use super::identity::Identity;
+use super::sum::fnv_1a;
 use super::{Buffers, Cause, Piece, StoreError, notes, sys};
 
 /// What the file's name has more than the image's.
@@ -25,14 +27,21 @@ pub(super) const SUFFIX: &str = ".thinlun-write";
 pub const MAX_BYTES: usize = 1 << 20;
 
 /// Longest file that is read: one byte more than is ever written, so that a longer one is known from it.
-pub(super) const MAX_FILE: u64 = (MAX_BYTES + size_of::<Header>() + 1) as u64;
+pub(super) const MAX_FILE: u64 =
+    (size_of::<Header>() + MAX_BYTES / SECTOR * size_of::<U64>() + MAX_BYTES + 1) as u64;
 
 /// What the device writes whole, in bytes.
 const SECTOR: usize = 512;
 
-const MAGIC: [u8; 16] = *b"thinlun: write 2";
+/// Reads that fail before the rest of a range counts as what cannot be read: a disk may take seconds for each.
+const MAX_FAILURES: usize = 32;
+
+const MAGIC: [u8; 16] = *b"thinlun: write 3";
+/// Of a thinlun that only said which sectors the write would change.
+const OLD_MAGIC: [u8; 16] = *b"thinlun: write 2";
 /// Of a thinlun that did not say which image a journal is about.
-const OLD_MAGIC: [u8; 16] = *b"thinlun: writing";
+const OLDEST_MAGIC: [u8; 16] = *b"thinlun: writing";
+const MAGICS: [[u8; 16]; 3] = [MAGIC, OLD_MAGIC, OLDEST_MAGIC];
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -42,32 +51,22 @@ struct Place {
     len: U64,
 }
 
-/// What the file begins with; the old ones with its first part only.
+/// What the file begins with; the oldest with its first part only. Behind it are, for each sector, [`sum`] of what was there
+/// or zero where that is not known, and then what is to be written.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct Header {
     place: Place,
     /// The image's identity as text, with zeroes behind it.
     image: [u8; 96],
-    /// The sectors that the write changes, a bit each.
-    changes: Changes,
 }
 
-/// Sectors of a write.
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct Changes([u8; MAX_BYTES / SECTOR / 8]);
+/// Behind the header of an old one, in the place of the sums: the sectors that the write changes, a bit each.
+type Changes = [u8; MAX_BYTES / SECTOR / 8];
 
-impl Changes {
-    fn set(&mut self, sector: usize) {
-        if let Some(byte) = self.0.get_mut(sector / 8) {
-            *byte |= 1 << (sector % 8);
-        }
-    }
-
-    fn has(&self, sector: usize) -> bool {
-        self.0.get(sector / 8).is_some_and(|byte| byte & 1 << (sector % 8) != 0)
-    }
+/// Of a sector; never zero.
+fn sum(sector: &[u8]) -> u64 {
+    fnv_1a(sector).max(1)
 }
 
 /// The image, for whoever makes a write again.
@@ -103,49 +102,135 @@ pub(super) struct Journal {
 pub(super) struct Entry<'a> {
     offset: u64,
     data: &'a [u8],
-    /// Which image it is about and what of it would change, where that is said.
-    about: Option<(Identity, &'a Changes)>,
+    /// Which image it is about, where that is said.
+    image: Option<Identity>,
+    before: Before<'a>,
+}
+
+/// What is said of the image as it was before a write.
+enum Before<'a> {
+    Nothing,
+    Changes(&'a Changes),
+    Sums(&'a [U64]),
+}
+
+/// What a sector of the image tells of a write, or all of them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trace {
+    /// Nothing of it is there.
+    Nothing,
+    /// Some of it may be.
+    Begun,
+    /// The image is in a state that it has neither found nor made.
+    Another,
+}
+
+impl Before<'_> {
+    /// By what there is where `new` was to be; nothing if it cannot be read.
+    fn trace(&self, sector: usize, new: &[u8], found: Option<&[u8]>) -> Trace {
+        let may_be_new = found.is_none_or(|found| found == new);
+        let old = match self {
+            Before::Nothing => 0,
+            Before::Changes(changes) => {
+                let byte = changes.get(sector / 8).copied().unwrap_or_default();
+                if byte & 1 << (sector % 8) == 0 {
+                    return Trace::Nothing;
+                }
+                0
+            }
+            Before::Sums(sums) => sums.get(sector).map_or(0, |sum| sum.get()),
+        };
+        match found {
+            // Also where that is what was to be.
+            Some(found) if old != 0 && sum(found) == old => Trace::Nothing,
+            _ if may_be_new => Trace::Begun,
+            _ if old != 0 => Trace::Another,
+            // What could not be read then may be anything now.
+            _ => Trace::Nothing,
+        }
+    }
 }
 
 impl<'a> Entry<'a> {
     fn parse(file: &'a [u8]) -> Option<Self> {
-        let (place, old_data) = Place::ref_from_prefix(file).ok()?;
-        let (about, data) = match place.magic {
-            OLD_MAGIC => (None, old_data),
-            MAGIC => {
-                let (header, data) = Header::ref_from_prefix(file).ok()?;
-                let image = header.image.split(|byte| *byte == 0).next().unwrap_or_default();
-                let image = std::str::from_utf8(image).ok()?.parse().ok()?;
-                (Some((image, &header.changes)), data)
-            }
-            _ => return None,
+        let (place, oldest_data) = Place::ref_from_prefix(file).ok()?;
+        let (offset, len) = (place.offset.get(), usize::try_from(place.len.get()).ok()?);
+        if len > MAX_BYTES {
+            return None;
+        }
+        let (image, before, data) = if place.magic == OLDEST_MAGIC {
+            (None, Before::Nothing, oldest_data)
+        } else {
+            let (_, behind) = Header::ref_from_prefix(file).ok()?;
+            let (before, data) = if place.magic == MAGIC {
+                let sums = <[U64]>::ref_from_prefix_with_elems(behind, len.div_ceil(SECTOR));
+                sums.map(|(sums, data)| (Before::Sums(sums), data)).ok()?
+            } else {
+                let changes = Changes::ref_from_prefix(behind);
+                changes.map(|(changes, data)| (Before::Changes(changes), data)).ok()?
+            };
+            (Some(image_of(file)?), before, data)
         };
-        let fits = place.len.get() == data.len() as u64 && data.len() <= MAX_BYTES;
-        fits.then_some(Entry { offset: place.offset.get(), data, about })
+        (data.len() == len).then_some(Entry { offset, data, image, before })
     }
 
-    /// Whether any of it may be in the image: a sector that it changes is as it was to be, or cannot be read.
-    fn may_have_begun(&self, image: &Image<'_>) -> io::Result<bool> {
+    /// What the image tells of it.
+    fn trace(&self, image: &Image<'_>) -> io::Result<Trace> {
         let room = Piece::of(self.data.len()).ok_or(ErrorKind::OutOfMemory)?;
-        for (number, new) in self.data.chunks(room.len().max(SECTOR)).enumerate() {
-            let first = number * room.len() / SECTOR;
-            let at = self.offset.saturating_add((number * room.len()) as u64);
-            let found = room.slice(0, new.len());
-            let read = (image.read)(at, &found).is_ok();
-            let mut sector = [0; SECTOR];
-            for (n, new) in new.chunks(SECTOR).enumerate() {
-                // Behind the end of the image nothing is as it was to be.
-                let inside = at.saturating_add(((n + 1) * SECTOR) as u64) <= image.size;
-                found.read_at(n * SECTOR, &mut sector);
-                let same = sector.get(..new.len()) == Some(new);
-                let changes = self.about.as_ref().is_none_or(|(_, changes)| changes.has(first + n));
-                if changes && inside && (same || !read) {
-                    return Ok(true);
+        let read = |at, into: &Buffers| match (image.read)(at, into) {
+            // It may be read by who has more than there is now.
+            Err(e) if Cause::from(&e) == Cause::Busy => Err(e),
+            other => Ok(other.is_ok()),
+        };
+        let mut all = Trace::Nothing;
+        sectors(self.offset, self.data.len(), &room, read, |start, found| {
+            let new = self.data.get(start..).unwrap_or_default();
+            let new = new.get(..SECTOR).unwrap_or(new);
+            // Behind the end of the image is nothing that could tell.
+            let end = self.offset.saturating_add((start + new.len()) as u64);
+            if end <= image.size && all != Trace::Another {
+                match self.before.trace(start / SECTOR, new, found) {
+                    Trace::Nothing => {}
+                    more => all = more,
                 }
             }
-        }
-        Ok(false)
+        })?;
+        Ok(all)
     }
+}
+
+/// Has `see` look at a range sector by sector: where in the range each starts, and what is there, or that it cannot be read.
+/// It is read by `read`, as far as there is room at a time, which says whether it can be.
+fn sectors<E>(
+    offset: u64,
+    len: usize,
+    room: &Buffers,
+    read: impl Fn(u64, &Buffers) -> Result<bool, E>,
+    mut see: impl FnMut(usize, Option<&[u8]>),
+) -> Result<(), E> {
+    let (mut failures, mut bytes) = (0, [0; SECTOR]);
+    // Parts that are to be read, the last of them next.
+    let mut parts = Vec::new();
+    for start in (0..len).step_by(room.len().max(SECTOR)) {
+        parts.push((start, room.slice(0, len - start)));
+        while let Some((start, part)) = parts.pop() {
+            let tried = failures < MAX_FAILURES;
+            let is_read = tried && read(offset.saturating_add(start as u64), &part)?;
+            failures += usize::from(tried && !is_read);
+            if tried && !is_read && part.len() > SECTOR {
+                let half = (part.len() / 2).next_multiple_of(SECTOR);
+                let (first, second) = part.split(half);
+                parts.push((start + first.len(), second));
+                parts.push((start, first));
+                continue;
+            }
+            for at in (0..part.len()).step_by(SECTOR) {
+                let count = part.read_at(at, &mut bytes);
+                see(start + at, bytes.get(..count).filter(|_| is_read));
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Journal {
@@ -174,6 +259,11 @@ impl Journal {
                 let file = self.beside.path();
                 log::info!("{}: nothing of it is in the image: it goes", file.display());
             }
+            Found::Another => log::warn!(
+                "{}: the image holds neither what was there before the write in it nor what was to be: it is another, or \
+                 was changed since; the write is not made again, and the file goes",
+                self.beside.path().display()
+            ),
             Found::Unfinished(Entry { offset, data, .. }) => {
                 let bytes = Buffers::copy_of(data).ok_or(ErrorKind::OutOfMemory)?;
                 (image.write)(offset, &bytes)?;
@@ -247,7 +337,8 @@ impl Journal {
         Ok(())
     }
 
-    /// Makes a write by `write`, which has to have it reach the medium before it returns. `read` says what is there now.
+    /// Makes a write by `write`, which has to have it reach the medium before it returns. `read` says what is there now, and
+    /// has that reach the medium, too: a crash must not bring back what was there before.
     ///
     /// # Errors
     /// If the journal cannot be kept, and then nothing was written, or those of `write`: then it is made again before
@@ -271,13 +362,18 @@ impl Journal {
             error
         };
         let kept = |e: io::Error| StoreError::at(Cause::from(&e), offset);
-        let changes = changes(offset, from, read)?;
-        let header = Header::new(offset, from.len(), &self.image, changes);
+        let sums = sums(offset, from.len(), read)?;
+        let header = Header::new(offset, from.len(), &self.image);
+        let own = Buffers::zeroed(from.len()).ok_or(StoreError::at(Cause::Busy, offset))?;
+        // The guest can change its memory; and who is killed while the host copies from it may leave part of a sector.
+        own.copy_from(0, from, 0, from.len());
+        let from = &own;
         let filled = self.beside.replace(|file| {
             file.write_all(header.as_bytes())?;
-            let mut done = 0;
+            file.write_all(sums.as_bytes())?;
+            let (behind, mut done) = (header.as_bytes().len() + sums.as_bytes().len(), 0);
             while done < from.len() {
-                match sys::write(file, size_of::<Header>() as u64, from, done) {
+                match sys::write(file, behind as u64, from, done) {
                     Ok(0) => return Err(ErrorKind::WriteZero.into()),
                     Ok(more) => done += more,
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -344,35 +440,29 @@ impl Journal {
 }
 
 impl Header {
-    fn new(offset: u64, len: usize, image: &Identity, changes: Changes) -> Self {
+    fn new(offset: u64, len: usize, image: &Identity) -> Self {
         let place = Place { magic: MAGIC, offset: U64::new(offset), len: U64::new(len as u64) };
         let mut text = [0; 96];
         let _ = text.as_mut_slice().write_all(image.to_string().as_bytes());
-        Header { place, image: text, changes }
+        Header { place, image: text }
     }
 }
 
-/// The sectors that a write changes: all of those that cannot be read.
-fn changes(
+/// Of each sector that a write is to change; zero of those that cannot be read.
+fn sums(
     offset: u64,
-    from: &Buffers,
+    len: usize,
     read: impl Fn(u64, &Buffers) -> Result<(), StoreError>,
-) -> Result<Changes, StoreError> {
-    let mut changes = Changes([0; MAX_BYTES / SECTOR / 8]);
-    let room = Piece::of(from.len()).ok_or(StoreError::at(Cause::Busy, offset))?;
-    let (mut old, mut new) = ([0; SECTOR], [0; SECTOR]);
-    for start in (0..from.len()).step_by(room.len().max(SECTOR)) {
-        let found = room.slice(0, from.len() - start);
-        let known = read(offset + start as u64, &found).is_ok();
-        for at in (0..found.len()).step_by(SECTOR) {
-            found.read_at(at, &mut old);
-            from.read_at(start + at, &mut new);
-            if !known || old != new {
-                changes.set((start + at) / SECTOR);
-            }
-        }
-    }
-    Ok(changes)
+) -> Result<Vec<U64>, StoreError> {
+    let room = Piece::of(len).ok_or(StoreError::at(Cause::Busy, offset))?;
+    let read = |at, into: &Buffers| match read(at, into) {
+        // Other errors are not about what is there.
+        Err(StoreError { cause: Cause::Medium, lost: false, .. }) => Ok(false),
+        other => other.map(|()| true),
+    };
+    let mut sums = Vec::with_capacity(len.div_ceil(SECTOR));
+    sectors(offset, len, &room, read, |_, old| sums.push(U64::new(old.map_or(0, sum))))?;
+    Ok(sums)
 }
 
 /// What a file asks for.
@@ -381,6 +471,8 @@ pub(super) enum Found<'a> {
     Nothing,
     /// The write had not begun, or was of an image that is not there any more.
     Void,
+    /// The image is in a state that this write has neither found nor made.
+    Another,
     /// This write is to be made again.
     Unfinished(Entry<'a>),
 }
@@ -395,10 +487,12 @@ pub(super) fn look<'a>(file: &'a [u8], image: &Image<'_>) -> io::Result<Found<'a
     }
     let foreign = || io::Error::new(ErrorKind::InvalidData, "not a journal of thinlun");
     let entry = Entry::parse(file).ok_or_else(foreign)?;
-    if !entry.may_have_begun(image)? {
-        return Ok(Found::Void);
+    match entry.trace(image)? {
+        Trace::Nothing => return Ok(Found::Void),
+        Trace::Another => return Ok(Found::Another),
+        Trace::Begun => {}
     }
-    if let Some((about, _)) = &entry.about
+    if let Some(about) = &entry.image
         && !about.may_be(image.identity)
         && !image.adopt
     {
@@ -407,8 +501,8 @@ pub(super) fn look<'a>(file: &'a [u8], image: &Image<'_>) -> io::Result<Found<'a
     let end = entry.offset.saturating_add(entry.data.len() as u64);
     if end > image.size {
         return Err(io::Error::other(format!(
-            "it holds a write of bytes {} to {end} that was interrupted, and the image has {}: give it the length \
-             that it had, or remove that file if the image is another one",
+            "it holds a write of bytes {} to {end} that was interrupted, and the image has {}: give it back \
+             the end that it had, or remove that file if the image is another one",
             entry.offset, image.size
         )));
     }
@@ -421,14 +515,22 @@ pub(super) fn look<'a>(file: &'a [u8], image: &Image<'_>) -> io::Result<Found<'a
 
 /// Which image a file says that it is about, if it is one of ours and says so.
 pub(super) fn image_of(file: &[u8]) -> Option<Identity> {
-    let (header, _) = Header::ref_from_prefix(file).ok().filter(|(h, _)| h.place.magic == MAGIC)?;
+    let (header, _) = Header::ref_from_prefix(file).ok()?;
+    if ![MAGIC, OLD_MAGIC].contains(&header.place.magic) {
+        return None;
+    }
     let image = header.image.split(|byte| *byte == 0).next()?;
     std::str::from_utf8(image).ok()?.parse().ok()
 }
 
 /// Whether a file is one of ours, whatever it says.
 pub(super) fn is_ours(file: &[u8]) -> bool {
-    file.is_empty() || [MAGIC, OLD_MAGIC].iter().any(|magic| file.starts_with(magic))
+    file.is_empty() || MAGICS.iter().any(|magic| file.starts_with(magic))
+}
+
+/// Whether a file is one of ours, or the beginning of one.
+pub(super) fn is_begun(file: &[u8]) -> bool {
+    is_ours(file) || MAGICS.iter().any(|magic| magic.starts_with(file))
 }
 
 #[cfg(test)]
@@ -529,7 +631,7 @@ mod tests {
 
     #[test]
     fn a_write_that_was_cut_off_is_made_again() {
-        for torn in [512, 700, 1024, 2048] {
+        for torn in [512, 1024, 1536, 2048] {
             let disk = Disk::new();
             let file = disk.write(1024, &[2; 2048], torn);
             disk.find(&file, false, true).unwrap_err();
@@ -576,7 +678,7 @@ mod tests {
     fn another_image_is_not_written_to() {
         for in_place in [false, true] {
             let disk = Disk::new();
-            let file = disk.write(1024, &[2; 2048], 700);
+            let file = disk.write(1024, &[2; 2048], 512);
             let restored = vec![1; SIZE];
             match in_place {
                 true => fs::write(&disk.path, &restored).unwrap(),
@@ -588,7 +690,7 @@ mod tests {
         }
         // A copy that was made of both, in the middle of it.
         let disk = Disk::new();
-        let file = disk.write(1024, &[2; 2048], 700);
+        let file = disk.write(1024, &[2; 2048], 512);
         let copy = disk.bytes();
         disk.replace(&copy);
         let why = disk.find(&file, false, false).unwrap_err().to_string();
@@ -597,6 +699,94 @@ mod tests {
         disk.find(&file, true, false).unwrap();
         assert!(!disk.file.exists());
         disk.assert_holds(1024, 3072, 2);
+    }
+
+    /// A sector of which the image holds what was to be written proves nothing where others hold what neither was there nor
+    /// was to be.
+    #[test]
+    fn a_backup_that_was_restored_in_place_is_not_written_over() {
+        let cut_off = |data: &[u8]| {
+            let disk = Disk::new();
+            let file = disk.write(1024, data, data.len() / 2);
+            (disk, file)
+        };
+        let restore = |disk: &Disk, at: u64, backup: &[u8]| {
+            open(&disk.path).write_all_at(backup, at).unwrap();
+            let all = disk.bytes();
+            (all, backup.to_vec())
+        };
+        // In the half that was written the backup holds the same.
+        let data = [[0; 2048], [2; 2048]].concat();
+        let (disk, file) = cut_off(&data);
+        let (all, _) = restore(&disk, 0, &[0; SIZE]);
+        disk.find(&file, false, false).unwrap();
+        assert!(disk.bytes() == all && !disk.file.exists());
+        // All that the write changes is as it was to be, and what it would leave alone is another's.
+        let (disk, file) = cut_off(&[[2; 512], [1; 512]].concat());
+        let (all, _) = restore(&disk, 1536, &[9; 512]);
+        disk.find(&file, false, false).unwrap();
+        assert!(disk.bytes() == all && !disk.file.exists());
+        // One byte is enough, in any sector and wherever it is.
+        for at in [1024, 1535, 3072, 5119] {
+            let (disk, file) = cut_off(&data);
+            let (all, _) = restore(&disk, at, &[9]);
+            disk.find(&file, true, false).unwrap();
+            assert!(disk.bytes() == all && !disk.file.exists(), "{at}");
+        }
+        // Beside the write it proves nothing.
+        for at in [1023, 5120] {
+            let (disk, file) = cut_off(&data);
+            let (mut all, _) = restore(&disk, at, &[9]);
+            all[1024..5120].copy_from_slice(&data);
+            disk.find(&file, false, false).unwrap();
+            assert!(disk.bytes() == all && !disk.file.exists(), "{at}");
+        }
+    }
+
+    /// A write that is made again may be cut off again, anywhere and in whatever order its sectors reach the medium.
+    #[test]
+    fn a_write_that_was_cut_off_again_is_made_again() {
+        let data: Vec<u8> = (2..10).flat_map(|byte| [byte; 512]).collect();
+        for written in 1..=0xff_u8 {
+            let disk = Disk::new();
+            let file = disk.write(1024, &data, 512);
+            let image = open(&disk.path);
+            for (n, sector) in data.chunks(512).enumerate() {
+                let bytes = if written & 1 << n != 0 { sector } else { &[1; 512] };
+                image.write_all_at(bytes, 1024 + 512 * n as u64).unwrap();
+            }
+            disk.find(&file, false, false).unwrap();
+            assert!(disk.bytes()[1024..5120] == data && !disk.file.exists(), "{written:#b}");
+        }
+    }
+
+    /// Nothing in thinlun writes so; it is read like anything else.
+    #[test]
+    fn a_last_sector_may_be_short() {
+        let data = [[2; 512].as_slice(), &[3; 188]].concat();
+        for (torn, whole) in [(0, false), (512, true), (700, true)] {
+            let disk = Disk::new();
+            let file = disk.write(1024, &data, torn);
+            disk.find(&file, false, false).unwrap();
+            let expected = if whole { &data[..] } else { &[1; 700] };
+            assert!(disk.bytes()[1024..1724] == *expected && !disk.file.exists(), "{torn}");
+        }
+        let disk = Disk::new();
+        let file = disk.write(1024, &data, 512);
+        open(&disk.path).write_all_at(&[9], 1723).unwrap();
+        disk.find(&file, false, false).unwrap();
+        assert_eq!(disk.bytes()[1536..1724], [&[1; 187][..], &[9]].concat());
+    }
+
+    /// It is as long as its write, and little more.
+    #[test]
+    fn the_journal_of_a_small_write_is_small() {
+        let disk = Disk::new();
+        for (len, sums) in [(512, 8), (700, 16), (4096, 64), (MAX_BYTES, 16384)] {
+            let file = disk.write(0, &vec![2; len], 0);
+            assert_eq!(file.len(), 128 + sums + len);
+            assert!((file.len() as u64) < MAX_FILE);
+        }
     }
 
     #[test]
@@ -632,7 +822,7 @@ mod tests {
     #[test]
     fn an_old_journal_is_made_good() {
         let disk = Disk::new();
-        let mut file = OLD_MAGIC.to_vec();
+        let mut file = OLDEST_MAGIC.to_vec();
         file.extend(512u64.to_be_bytes());
         file.extend(1024u64.to_be_bytes());
         file.extend([2; 1024]);
@@ -676,6 +866,168 @@ mod tests {
         };
         disk.journal().recover(&file.into_inner(), &found).unwrap();
         assert_eq!(written.get(), 1024);
+    }
+
+    /// A disk of which these sectors cannot be read: what is found of a journal that was made, or is read, there.
+    struct Bad(Vec<u64>, std::cell::Cell<usize>);
+
+    impl Bad {
+        fn of(sectors: impl IntoIterator<Item = u64>) -> Self {
+            Bad(sectors.into_iter().collect(), std::cell::Cell::default())
+        }
+
+        fn read(&self, disk: &Disk, at: u64, into: &Buffers) -> bool {
+            let sectors = at / 512..(at + into.len() as u64).div_ceil(512);
+            if self.0.iter().any(|bad| sectors.contains(bad)) {
+                self.1.set(self.1.get() + 1);
+                return false;
+            }
+            into.write_at(0, &disk.bytes()[at as usize..]);
+            true
+        }
+
+        /// The journal of a write to it, of which nothing is in the image.
+        fn journal_of(&self, disk: &Disk, offset: u64, data: &[u8]) -> Vec<u8> {
+            let file = std::cell::RefCell::new(Vec::new());
+            let read = |at: u64, into: &Buffers| match self.read(disk, at, into) {
+                true => Ok(()),
+                false => Err(StoreError::at(Cause::Medium, at)),
+            };
+            let write = |_: u64, _: &Buffers| {
+                file.replace(fs::read(&disk.file).unwrap());
+                Ok(())
+            };
+            let from = Buffers::copy_of(data).unwrap();
+            disk.journal().write(offset, &from, read, write).unwrap();
+            file.into_inner()
+        }
+
+        /// Whether it is made again.
+        fn is_made(&self, disk: &Disk, file: &[u8]) -> bool {
+            let image = open(&disk.path);
+            let made = std::cell::Cell::new(false);
+            let found = Image {
+                identity: &Identity::of(&image).unwrap(),
+                adopt: false,
+                read_only: false,
+                size: image.metadata().unwrap().len(),
+                read: &|at, into| match self.read(disk, at, into) {
+                    true => Ok(()),
+                    false => Err(io::Error::from_raw_os_error(libc::EIO)),
+                },
+                write: &|_, _| {
+                    made.set(true);
+                    Ok(())
+                },
+            };
+            disk.journal().recover(file, &found).unwrap();
+            made.get()
+        }
+    }
+
+    /// What could not be read before may be anything, and what cannot be read now may be half of what was to be; others tell
+    /// all the same.
+    #[test]
+    fn what_cannot_be_read_tells_nothing_of_others() {
+        const LEN: usize = 256 << 10;
+        let (good, data) = (Bad::of([]), [[0; LEN / 2], [2; LEN / 2]].concat());
+        let put = |disk: &Disk, sector: u64, byte: u8| {
+            open(&disk.path).write_all_at(&[byte; 512], sector * 512).unwrap();
+        };
+        // Sector 5 has no sum.
+        let disk = Disk::new();
+        let file = Bad::of([5]).journal_of(&disk, 0, &data);
+        assert!(!good.is_made(&disk, &file));
+        put(&disk, 5, 9);
+        assert!(!good.is_made(&disk, &file));
+        put(&disk, 6, 0);
+        assert!(good.is_made(&disk, &file));
+        put(&disk, 300, 9);
+        assert!(!good.is_made(&disk, &file));
+        // It can be what tells that the write has begun, and what was not changed can be what has become unreadable.
+        let disk = Disk::new();
+        let file = Bad::of([5]).journal_of(&disk, 0, &data);
+        put(&disk, 5, 0);
+        assert!(good.is_made(&disk, &file));
+        let file = good.journal_of(&disk, 0, &[[1; 512], [2; 512]].concat());
+        assert!(!good.is_made(&disk, &file) && Bad::of([0]).is_made(&disk, &file));
+        // A sector that cannot be read now.
+        let disk = Disk::new();
+        let file = good.journal_of(&disk, 0, &data);
+        for bad in [0, 5, 511] {
+            assert!(Bad::of([bad]).is_made(&disk, &file), "{bad}");
+        }
+        assert!(!Bad::of([512]).is_made(&disk, &file));
+        put(&disk, 300, 9);
+        assert!(!Bad::of([0, 5, 511]).is_made(&disk, &file));
+        // Not for ever.
+        let bad = Bad::of(0..512);
+        assert!(bad.is_made(&disk, &file));
+        assert_eq!(bad.1.get(), MAX_FAILURES);
+        bad.journal_of(&disk, 0, &data);
+        assert_eq!(bad.1.get(), 2 * MAX_FAILURES);
+    }
+
+    /// A host that has no memory now says nothing about the image.
+    #[test]
+    fn a_host_that_is_busy_is_not_taken_for_a_broken_disk() {
+        let disk = Disk::new();
+        let file = disk.write(512, &[2; 1024], 512);
+        fs::write(&disk.file, &file).unwrap();
+        let image = open(&disk.path);
+        let found = Image {
+            identity: &Identity::of(&image).unwrap(),
+            adopt: false,
+            read_only: false,
+            size: SIZE as u64,
+            read: &|_, _| Err(io::Error::from_raw_os_error(libc::EAGAIN)),
+            write: &|_, _| panic!("nobody has looked"),
+        };
+        disk.journal().recover(&file, &found).unwrap_err();
+        assert!(disk.file.exists());
+        // Nor is anything written then.
+        for error in [StoreError::from(Cause::Busy), StoreError::lost(Cause::Medium)] {
+            let from = Buffers::copy_of(&[3; 1024]).unwrap();
+            let refused =
+                disk.journal().write(512, &from, |_, _| Err(error), |_, _| panic!("it was made"));
+            assert_eq!(refused, Err(error));
+        }
+    }
+
+    /// What the guest makes of its memory meanwhile is in neither.
+    #[test]
+    fn the_image_gets_what_the_journal_has() {
+        let disk = Disk::new();
+        let from = Buffers::copy_of(&[2; 1024]).unwrap();
+        let write = |_: u64, data: &Buffers| {
+            from.write_at(0, &[3; 1024]);
+            let (file, data) = (fs::read(&disk.file).unwrap(), data.to_vec(1024));
+            assert!(file.ends_with(&data) && data == [2; 1024]);
+            Ok(())
+        };
+        disk.journal().write(0, &from, |_, _| Ok(()), write).unwrap();
+    }
+
+    /// A thinlun that knew only which sectors it would change.
+    #[test]
+    fn an_old_journal_without_sums_is_made_good() {
+        let disk = Disk::new();
+        let header = Header::new(512, 1024, &Identity::of(&open(&disk.path)).unwrap());
+        let mut file = [OLD_MAGIC.as_slice(), &header.as_bytes()[16..]].concat();
+        let mut changes = [0; 256];
+        changes[0] = 0b10;
+        file.extend([&changes[..], &[2; 1024]].concat());
+        assert!(is_ours(&file) && image_of(&file).is_some());
+        disk.find(&file, false, false).unwrap();
+        disk.assert_holds(0, 0, 0);
+        // It does not change this one.
+        open(&disk.path).write_all_at(&[2; 512], 512).unwrap();
+        disk.find(&file, false, false).unwrap();
+        disk.assert_holds(512, 1024, 2);
+        // One is enough, whatever the others are.
+        open(&disk.path).write_all_at(&[[9; 512], [2; 512]].concat(), 512).unwrap();
+        disk.find(&file, false, false).unwrap();
+        disk.assert_holds(512, 1536, 2);
     }
 
     /// A journal that cannot be removed would be made good over what is written later.
@@ -730,7 +1082,10 @@ mod tests {
         };
         let holds = |offset: usize, byte: u8| disk.bytes()[offset..][..1024] == [byte; 1024];
         let data = |byte| Buffers::copy_of(&[byte; 1024]).unwrap();
-        let read = |_: u64, _: &Buffers| Ok(());
+        let read = |at: u64, into: &Buffers| {
+            into.write_at(0, &disk.bytes()[at as usize..]);
+            Ok(())
+        };
         // One that goes wrong once is made again at once.
         let tries = std::cell::Cell::new(0);
         let second = |offset, data: &Buffers| {

@@ -25,6 +25,7 @@ pub mod notes;
 pub mod pieces;
 pub mod pool;
 mod space;
+pub mod sum;
 mod sys;
 mod trial;
 mod write_back;

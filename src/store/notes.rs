@@ -153,6 +153,11 @@ pub(super) fn is_ours(file: &[u8]) -> bool {
     file.is_empty() || file.starts_with(HEADING.as_bytes())
 }
 
+/// Whether a file is one of ours, or the beginning of one.
+pub(super) fn is_begun(file: &[u8]) -> bool {
+    is_ours(file) || HEADING.as_bytes().starts_with(file)
+}
+
 fn parse(text: &str) -> io::Result<(Option<Identity>, Values)> {
     let foreign = || io::Error::new(ErrorKind::InvalidData, "not a file of notes of thinlun");
     let mut lines = text.lines();
@@ -300,24 +305,24 @@ mod tests {
         let image = Image::new();
         let notes = Arc::new(image.notes());
         notes.set("a", Some("1")).unwrap();
-        // What opens it to write waits until somebody reads.
-        let fifo = image.folder.path().join("disk.img.thinlun.new");
-        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let changing = Arc::clone(&notes);
-        let change = std::thread::spawn(move || changing.set("a", Some("2")));
-        while notes.changing.try_lock().is_ok() {
-            std::thread::yield_now();
-        }
+        // As who has the host replace the file.
+        let changing = notes.changing.lock().unwrap();
+        let other = Arc::clone(&notes);
+        let change = std::thread::spawn(move || other.set("a", Some("2")));
         let looking = Arc::clone(&notes);
         let (found, seen) = std::sync::mpsc::channel();
         std::thread::spawn(move || found.send(looking.get("a")));
         let seen = seen.recv_timeout(std::time::Duration::from_secs(20));
         assert_eq!(seen, Ok(Some("1".into())));
-        // A pipe cannot be made to last, and the old note stays.
-        fs::read(&fifo).unwrap();
-        assert!(change.join().unwrap().is_err());
-        assert_eq!(notes.get("a").as_deref(), Some("1"));
-        assert_eq!(image.notes().get("a").as_deref(), Some("1"));
+        drop(changing);
+        change.join().unwrap().unwrap();
+        assert_eq!(notes.get("a").as_deref(), Some("2"));
+        // What cannot be made to last is not noted, and the old note stays.
+        let fifo = image.folder.path().join("disk.img.thinlun.new");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        notes.set("a", Some("3")).unwrap_err();
+        assert_eq!(notes.get("a").as_deref(), Some("2"));
+        assert_eq!(image.notes().get("a").as_deref(), Some("2"));
     }
 
     #[test]
