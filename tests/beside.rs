@@ -607,7 +607,7 @@ fn an_operation_that_nobody_was_told_of_does_not_go_on() {
         let fe = FrontEnd::connect(&daemon);
         let lun = fe.lun(0, 0);
         eventually("its attention is taken", || {
-            lun.run(cdb::test_unit_ready()).sense_code() == Some((3, 0x31, 0))
+            lun.run(cdb::test_unit_ready()).sense_code() == Some((3, 0x31, 3))
         });
         assert_eq!(host_read(&disk, 4096, 4096), [1; 4096]);
     }

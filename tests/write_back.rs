@@ -213,6 +213,7 @@ fn whoever_flushes_everybody_is_told() {
             let (a, b) = (a.ready_lun(0, 0), b.ready_lun(0, 0));
             a.write16(0, &[1; 4096]);
             both_are_told(flusher, &a, &b, loss, true);
+            eventually("it is logged", || daemon.log().contains("could not write back"));
             let log = daemon.log();
             assert_eq!(log.matches("could not write back").count(), 1, "{flusher:?}: {log}");
             assert!(log.contains("in bytes 0-65535"), "{flusher:?}: {log}");
@@ -345,6 +346,7 @@ fn a_loss_is_told(kind: Kind, failure: Failure, flushers: &[Flusher], mount: &Fa
             for lun in [&a, &b] {
                 flushers_fail(lun, loss, is_up);
             }
+            eventually("it is logged", || daemon.log().contains("could not write back"));
             let log = daemon.log();
             let said = log.matches("could not write back").count();
             assert_eq!(said, 1, "{kind:?} {flusher:?}: {log}");
