@@ -167,6 +167,7 @@ Disk options (a comma in a path or value is doubled; without lun= the disks are 
   readonly              nobody writes to it; several readers may share it
   size=SIZE             create a sparse file of this size (K, M, G, T) if there is none
   lun=N, target=N       logical unit number (0-16383) and target number (0-255)
+  format=raw            the disk is the file as it is, even if that looks like a qcow2, VMDK or other image
   block-size=512|4096   logical block size (default 512)
   physical-block-size=N physical block size (default: the host file's block, at most 4096)
   cache=writeback       fast; guest flushes make data safe (default)

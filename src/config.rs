@@ -15,6 +15,7 @@ use crate::store::file::{
     FileStore, OpenError, OpenOptionsFor, Provision, Surroundings, create, left_over, plain,
     stable_name,
 };
+use crate::store::image_format;
 use crate::store::sum::fnv_1a;
 
 /// Why the program does not start, and its exit status.
@@ -128,6 +129,8 @@ pub struct DiskConfig {
     pub locking: bool,
     /// What lies beside it is about it, though it says that it is about another.
     pub adopt: bool,
+    /// The disk is the file byte by byte, whatever that looks like.
+    pub raw: bool,
     /// How its host fails, on request.
     pub faults: Vec<Fault>,
 }
@@ -160,6 +163,7 @@ impl DiskConfig {
             space_limit: None,
             locking: true,
             adopt: false,
+            raw: false,
             faults: Vec::new(),
         };
         let mut seen = BTreeSet::new();
@@ -198,6 +202,14 @@ impl DiskConfig {
                 self.faults = faults.collect::<Result<_, _>>()?;
             }
             "locking" => self.locking = switch(value)?,
+            "format" => match given(value)? {
+                "raw" => self.raw = true,
+                other => {
+                    return Err(format!(
+                        "'{other}': disks are raw files here; convert it (qemu-img convert -O raw OLD NEW)"
+                    ));
+                }
+            },
             "adopt" => self.adopt = switch(value)?,
             "discard" => self.discard = switch(value)?,
             "discard-granularity" => self.discard_granularity = Some(size(given(value)?)?),
@@ -420,6 +432,12 @@ pub fn open_disks(
 
 fn open_existing(disk: &DiskConfig, surroundings: Surroundings) -> Result<FileStore, StartError> {
     let host = |OpenError(why)| disk.host_error(&why);
+    if let Some(format) = image_format::of(&disk.path).filter(|_| !disk.raw) {
+        return Err(disk.host_error(&format!(
+            "is a {format} image, and a guest would get its bytes as they are: convert it (qemu-img convert -O raw \
+             OLD NEW), or say format=raw if this is what its disk holds"
+        )));
+    }
     let store = FileStore::open_among(&disk.path, &disk.open_options(), surroundings);
     let store = store.map_err(host)?;
     let size = store.size().map_err(|e| disk.host_error(&e.to_string()))?;

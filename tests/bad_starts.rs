@@ -64,6 +64,46 @@ fn files_that_are_not_disks() {
     assert_refused(disk(&scratch.join("socket.img"), ""), &["socket.img"]);
 }
 
+/// Made by qemu-img where it is there; what other tools make is known by tests of the table.
+#[test]
+fn image_files_that_are_no_disks_as_they_are() {
+    let scratch = Scratch::new();
+    let disk = |path: &Path, options: &str| Daemon::builder(&scratch).disk(path, options);
+    for (format, name) in [
+        ("qcow2", "qcow2"),
+        ("qcow", "qcow"),
+        ("qed", "QED"),
+        ("vmdk", "VMDK"),
+        ("vhdx", "VHDX"),
+        ("vpc", "VHD"),
+        ("vdi", "VDI"),
+        ("parallels", "Parallels"),
+    ] {
+        let path = scratch.join(format!("image.{format}"));
+        let arguments = ["create", "-q", "-f", format];
+        match Command::new("qemu-img").args(arguments).arg(&path).arg("8M").status() {
+            Ok(status) if status.success() => {}
+            other => {
+                mounts::skipped(&format!("nothing was proved of {format} of qemu-img: {other:?}"));
+                continue;
+            }
+        }
+        let before = fs::read(&path).unwrap();
+        let words = ["image.", &format!("is a {name} image"), "qemu-img convert", "format=raw"];
+        assert_refused(disk(&path, ""), &words);
+        assert_refused(disk(&path, "readonly"), &words);
+        assert_refused(disk(&path, "size=8M"), &words);
+        assert!(fs::read(&path).unwrap() == before, "{format}");
+    }
+    // A guest may have written what looks like one.
+    let path = scratch.join("raw.img");
+    fs::write(&path, [&b"QFI\xfb\0\0\0\x03"[..], &[0; MIB as usize - 8]].concat()).unwrap();
+    assert_refused(disk(&path, ""), &["raw.img", "qcow2"]);
+    let daemon = disk(&path, "format=raw").spawn();
+    assert_serves(&daemon);
+    assert_refused(disk(&path, "format=qcow2"), &["raw.img", "format", "qemu-img convert"]);
+}
+
 #[test]
 fn sizes_that_are_no_disk() {
     let scratch = Scratch::new();

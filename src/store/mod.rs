@@ -17,6 +17,7 @@ mod fiemap;
 pub mod file;
 pub mod host;
 mod identity;
+pub mod image_format;
 pub mod journal;
 pub mod lock;
 mod loop_device;
