@@ -13,11 +13,12 @@ use super::vpd::designators;
 use super::{Context, Reply};
 use crate::scsi::Target;
 use crate::scsi::copy::segment::{self, Cscd, Segment, What};
-use crate::scsi::copy::{Operation, Running, Start};
+use crate::scsi::copy::{Operation, Running, Start, Waiter};
 use crate::scsi::lun::Lun;
 use crate::scsi::sense::{Key, ScsiError, Sense, asc};
 use crate::scsi::wire::{Cdb, U16, U32, U64};
 use crate::store::Store;
+use crate::store::engine::ending::ending;
 use crate::store::engine::{Cancel, Need};
 
 /// MAXIMUM CSCD DESCRIPTOR COUNT.
@@ -398,13 +399,18 @@ fn parse_segments(
     Ok(segments)
 }
 
-/// COPY OPERATION ABORT: answered when the copy has ended.
+/// COPY OPERATION ABORT: answered when the copy has ended, which is up to the hosts of both its disks.
 pub(super) fn abort(context: Context<'_>) -> Result<Reply, ScsiError> {
     let cdb = &context.request.cdb;
     let list_id = u32::from_be_bytes([cdb.byte(2), cdb.byte(3), cdb.byte(4), cdb.byte(5)]);
-    let manager = Arc::clone(context.target.copies());
+    let manager = context.target.copies();
     let operation = manager.find(context.nexus, context.lun, list_id, 2)?;
-    Ok(Reply::Job(Box::new(move |cancel| manager.abort(&operation, cancel).map(|()| 0))))
+    let (ending, ended) = ending();
+    let waiter: Waiter = ending;
+    match manager.end(|other| std::ptr::eq(other, operation.as_ref()), &waiter) {
+        true => Ok(Reply::After(Box::new(|_| Ok(0)), ended)),
+        false => Ok(Reply::Good),
+    }
 }
 
 #[cfg(test)]
