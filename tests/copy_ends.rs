@@ -420,7 +420,7 @@ fn those_who_preempt_one_whose_copy_hangs_take_no_thread() {
             let round = |n: usize| {
                 // After it has been told so, and unless the fence takes this with it.
                 let register = cdb::persistent_reserve_out(REGISTER_AND_IGNORE, 0, 24);
-                eventually("it comes again", || la.run_out(register.clone(), &list).is_good());
+                eventually("it comes again", || la.run_out(register, &list).is_good());
                 let keys = [0xb_u64.to_be_bytes(), 0xa_u64.to_be_bytes(), [0; 8]].concat();
                 let cdb = cdb::persistent_reserve_out(PREEMPT_AND_ABORT, kind, 24);
                 let ticket = preempt.submit(&preempt.request(cdb).data_out(keys).tag(n as u64));
