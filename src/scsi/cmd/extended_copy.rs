@@ -466,6 +466,12 @@ mod tests {
             assert_eq!(outcome.status, crate::scsi::Status::Good, "{outcome:?}");
             let copy = target.copies().find(&nexus, &lun, 9, 0).unwrap();
             assert_eq!((copy.report().status, copy.report().bytes), (Status::Background, 0));
+            if !answered {
+                // Nor is it kept who has waited for its end and does not any more.
+                let abort = Cdb::new(&[0x83, 0x1c, 0, 0, 0, 9]);
+                (0..1000).for_each(|_| assert!(matches!(run(abort, &[]), Plan::Job(_))));
+                assert!(copy.waiting().capacity() < 100);
+            }
             match answered {
                 true => work.begin.unwrap().send(()).unwrap(),
                 false => drop(work.begin),
