@@ -38,6 +38,8 @@ const REVOKED: sense::Code = (5, 0x23, 6);
 const REGISTER: u8 = 0;
 const RESERVE: u8 = 1;
 const PREEMPT_AND_ABORT: u8 = 5;
+const REGISTER_AND_IGNORE: u8 = 6;
+const READ_KEYS: [u8; 10] = [0x5e, 0, 0, 0, 0, 0, 0, 0, 64, 0];
 const WRITE_EXCLUSIVE_REGISTRANTS_ONLY: u8 = 5;
 const EXCLUSIVE_ACCESS: u8 = 3;
 
@@ -370,9 +372,100 @@ fn functions_about_tasks_end_copies_whose_commands_are_under_way() {
         let (status, before) = slow.status().expect("it goes on");
         assert_eq!(status, copy_status::BACKGROUND);
         eventually("it goes on", || slow.status().is_some_and(|(_, bytes)| bytes > before));
-        let abort = [0x83, 0x1c, 0, 0, 0, ID as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-        slow.asked.run(Cdb::from_slice(&abort)).expect_good();
+        slow.asked.run(copy_operation_abort()).expect_good();
         assert_over(&rig.to(), "COPY OPERATION ABORT");
+    }
+}
+
+/// COPY OPERATION ABORT.
+fn copy_operation_abort() -> Cdb {
+    Cdb::from_slice(&[0x83, 0x1c, 0, 0, 0, ID as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+}
+
+/// More of them at a time than a disk has threads.
+const MANY: usize = 40;
+
+/// Demands that the disk that is copied from answers what takes a thread of it, while commands that have to wait for the
+/// other disk's host do so; that one of those can be aborted; and that they are GOOD when that host goes on.
+#[track_caller]
+fn assert_in_nobodys_way(
+    fe: &FrontEnd,
+    waiting: Vec<Ticket>,
+    other: &FrontEnd,
+    go_on: impl FnOnce(),
+) {
+    let healthy = other.ready_lun(0, FROM);
+    let stable = healthy.request(cdb::write10(0, 8).or(1, 8)).data_out(vec![1; 4096]);
+    healthy.execute(&stable).expect_good();
+    healthy.synchronize_cache();
+    let (mut waiting, address) = (waiting, fe.lun(0, FROM).address);
+    assert_eq!(fe.tmf(Tmf::AbortTask, address, MANY as u64), response::OK);
+    assert_eq!(fe.wait(waiting.pop().unwrap()).response, response::ABORTED);
+    for ticket in &waiting {
+        assert!(!fe.queue(FIRST_REQUEST_QUEUE + 1).peek(*ticket), "what it waits for goes on");
+    }
+    go_on();
+    waiting.into_iter().for_each(|ticket| drop(fe.wait(ticket).expect_good()));
+}
+
+/// A copy from a healthy disk to one whose host hangs.
+fn with_a_copy_that_hangs(test: impl FnOnce(&FrontEnd, &FrontEnd, Box<dyn FnOnce() + '_>)) {
+    let Some(host) = Hanging::new(Hang::Frozen(Kind::Ext4)) else { return };
+    let scratch = Scratch::new();
+    let place = |name: &str| match name {
+        "to.img" => host.path().join(name),
+        _ => scratch.join(name),
+    };
+    let daemon = Rig::spawn(&scratch, &data(), place);
+    let rig = Rig { daemon, scratch: scratch.clone() };
+    let (a, b) = (rig.guest(0), rig.guest(1));
+    let _slow = Slow::begin(&a, Way::Background(FROM));
+    let hung = host.hang();
+    eventually("it hangs", || {
+        rig.daemon.diagnosis().thread_states().iter().any(|t| t.contains("percpu_rwsem_wait"))
+    });
+    test(&a, &b, Box::new(move || drop(hung)));
+    assert_over(&host.path().join("to.img"), "after the thaw");
+}
+
+/// Who wants a copy to end waits for the hosts of both its disks, and takes nothing of either disk while he does.
+#[test]
+fn those_who_abort_a_copy_that_hangs_take_no_thread() {
+    with_a_copy_that_hangs(|a, b, go_on| {
+        let asked = a.ready_lun(0, FROM).on_queue(FIRST_REQUEST_QUEUE + 1);
+        let abort = |n: usize| asked.submit(&asked.request(copy_operation_abort()).tag(n as u64));
+        assert_in_nobodys_way(a, (1..=MANY).map(abort).collect(), b, go_on);
+    });
+}
+
+/// The same for PREEMPT AND ABORT, whether or not its change has to be noted.
+#[test]
+fn those_who_preempt_one_whose_copy_hangs_take_no_thread() {
+    for survives in [false, true] {
+        with_a_copy_that_hangs(|a, b, go_on| {
+            let kind = WRITE_EXCLUSIVE_REGISTRANTS_ONLY;
+            let (la, lb) = (a.ready_lun(0, FROM), b.ready_lun(0, FROM));
+            let mut list = [0; 24];
+            (list[15], list[20]) = (0xb, survives.into());
+            lb.run_out(cdb::persistent_reserve_out(REGISTER_AND_IGNORE, 0, 24), &list)
+                .expect_good();
+            list[15] = 0xa;
+            let preempt = lb.on_queue(FIRST_REQUEST_QUEUE + 1);
+            let round = |n: usize| {
+                // After it has been told so, and unless the fence takes this with it.
+                let register = cdb::persistent_reserve_out(REGISTER_AND_IGNORE, 0, 24);
+                eventually("it comes again", || la.run_out(register, &list).is_good());
+                let keys = [0xb_u64.to_be_bytes(), 0xa_u64.to_be_bytes(), [0; 8]].concat();
+                let cdb = cdb::persistent_reserve_out(PREEMPT_AND_ABORT, kind, 24);
+                let ticket = preempt.submit(&preempt.request(cdb).data_out(keys).tag(n as u64));
+                eventually("it is preempted", || {
+                    let told = lb.run_in(Cdb::from_slice(&READ_KEYS), 64).expect_good();
+                    told.data()[7] == 8
+                });
+                ticket
+            };
+            assert_in_nobodys_way(b, (1..=MANY).map(round).collect(), b, go_on);
+        });
     }
 }
 

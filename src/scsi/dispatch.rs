@@ -10,6 +10,7 @@ use super::provisioning;
 use super::sense::ScsiError;
 use super::target::{Addressed, Target};
 use super::{Delivery, Outcome, Plan, Request, Transfer, Work};
+use crate::store::engine::ending::Ended;
 use crate::store::engine::{Cancel, Job, Need};
 use crate::store::{Buffers, Store};
 
@@ -60,12 +61,16 @@ fn on_disk(
         }
         Reply::Job(job) => {
             let job = Box::new(move |cancel: &Cancel, _: &dyn Store| job(cancel));
-            plan_job(command, nexus, lun, Need::Nothing, job, None)
+            plan_job(command, nexus, lun, Need::Nothing, job, None, None)
         }
-        Reply::Needy(need, job) => plan_job(command, nexus, lun, need, job, None),
+        Reply::After(job, ended) => {
+            let job = Box::new(move |cancel: &Cancel, _: &dyn Store| job(cancel));
+            plan_job(command, nexus, lun, Need::Nothing, job, Some(ended), None)
+        }
+        Reply::Needy(need, job) => plan_job(command, nexus, lun, need, job, None, None),
         Reply::Begins(job, begin) => {
             let job = Box::new(move |cancel: &Cancel, _: &dyn Store| job(cancel));
-            plan_job(command, nexus, lun, Need::Nothing, job, Some(begin))
+            plan_job(command, nexus, lun, Need::Nothing, job, None, Some(begin))
         }
     }
 }
@@ -76,6 +81,7 @@ fn plan_job(
     lun: &Arc<Lun>,
     need: Need,
     job: NeedyFn,
+    after: Option<Ended>,
     begin: Option<Sender<()>>,
 ) -> Plan {
     let (on, nexus) = (Arc::clone(lun), Arc::clone(nexus));
@@ -86,7 +92,7 @@ fn plan_job(
             on.failed(error)
         }
     };
-    let job = Job { need, work: Box::new(work) };
+    let job = Job { need, work: Box::new(work), after };
     Plan::Job(Work { job, at_medium: command.is_at_medium(), begin })
 }
 

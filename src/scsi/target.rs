@@ -2,15 +2,15 @@
 //! what.
 
 use std::collections::BTreeMap;
-use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::address::{LunNumber, REPORT_LUNS_WLUN};
 use super::attention::{Nexus, Port, UnitAttention};
 use super::background;
-use super::copy::{self, CopyManager};
+use super::copy::{CopyManager, Waiter};
 use super::lun::Lun;
+use crate::store::engine::ending::{Ending, ending};
 
 /// What a transport address leads to.
 #[derive(Clone, Copy)]
@@ -38,12 +38,12 @@ impl<'a> Addressed<'a> {
 /// The commands in flight, as whoever carries them knows them.
 pub trait Tasks: Send + Sync {
     /// Ends the commands that came by these ports to a disk, with TASK ABORTED (SAM-6 5.3.1; the TAS bit is
-    /// one). The receiver hangs up when the last of them has ended.
-    fn abort(&self, ports: &[Port], disk: usize) -> Receiver<()>;
+    /// one). Each holds `ending` until it has ended.
+    fn abort(&self, ports: &[Port], disk: usize, ending: Arc<Ending>);
 
-    /// Has the commands end that are under way at the medium of a disk, whose ever they are: early where they can. The
-    /// receiver hangs up when the last of them has ended.
-    fn clear(&self, disk: usize) -> Receiver<()>;
+    /// Has the commands end that are under way at the medium of a disk, whose ever they are: early where they can. Each holds
+    /// `ending` until it has ended.
+    fn clear(&self, disk: usize, ending: Arc<Ending>);
 }
 
 /// Logical units of target 0 that are found at once.
@@ -137,10 +137,11 @@ impl Target {
         let _ = self.tasks.set(tasks);
     }
 
-    /// As [`Tasks::abort`]; `None` where nobody has commands in flight.
-    pub fn abort_tasks(&self, ports: &[Port], disk: &Lun) -> Option<Receiver<()>> {
-        let tasks = self.tasks.get()?.upgrade()?;
-        Some(tasks.abort(ports, disk.index()))
+    /// As [`Tasks::abort`].
+    pub fn abort_tasks(&self, ports: &[Port], disk: &Lun, ending: Arc<Ending>) {
+        if let Some(tasks) = self.tasks.get().and_then(Weak::upgrade) {
+            tasks.abort(ports, disk.index(), ending);
+        }
     }
 
     /// Before a disk gets other contents as a whole, and once it lets nobody in: the commands under way at its medium and
@@ -148,11 +149,15 @@ impl Target {
     /// of before is within reach or still to be written (SBC-4 4.11.2). Waits for the host.
     pub fn clear(&self, disk: &Lun) {
         self.copies.rods().revoke(|rod| rod.is_of(disk));
-        let (waiter, _) = copy::waiter();
+        let (ending, ended) = ending();
+        let waiter: Waiter = Arc::<Ending>::clone(&ending);
         self.copies.end(|copy| copy.concerns(disk), &waiter);
+        drop(waiter);
         if let Some(tasks) = self.tasks.get().and_then(Weak::upgrade) {
-            let _ = tasks.clear(disk.index()).recv();
+            tasks.clear(disk.index(), Arc::clone(&ending));
         }
+        drop(ending);
+        ended.wait();
         // Once more: one of the commands may have begun a copy before it ended.
         self.copies.end_and_wait(|copy| copy.concerns(disk));
     }

@@ -6,11 +6,12 @@
 //! for whoever has the range for himself. The first of them waits for the end of what was only counted.
 //!
 //! Who waits does so in a list, in the order they came, and is begun by whoever lets go of what is in the way: it takes no
-//! thread ([`Store::hold`]). Only the methods that read and change the store wait where they are called: for those who have
+//! thread ([`Store::hold`]). It is known of each who waits which one was found in his way, the latest, and he is looked at
+//! again when that one is gone: so many who wait cost nothing to those in whose way they are not. Only the methods that read and change the store wait where they are called: for those who have
 //! a thread of their own, and nothing of any disk while they wait.
 
 use std::cell::Cell;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
 use std::slice;
@@ -43,7 +44,7 @@ enum How {
     /// In this counter.
     Counted(usize),
     /// Under this number.
-    Listed(u64),
+    Listed(u64, Mode, Vec<Range<u64>>),
 }
 
 impl Hold {
@@ -107,32 +108,96 @@ impl Drop for Held {
 
 const NOTHING: Range<u64> = 0..0;
 
-/// Ranges in use, each with the number of whoever uses it.
-type Used = Vec<(u64, Range<u64>)>;
-
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start.max(b.start) < a.end.min(b.end)
 }
 
-fn meets(used: &[(u64, Range<u64>)], ranges: &[Range<u64>]) -> bool {
-    used.iter().any(|(_, used)| ranges.iter().any(|range| overlap(used, range)))
+/// Ranges that somebody has or waits for.
+///
+/// They are in the order of their lengths, as powers of two, and then of their places: of those that are no longer than that
+/// only the ones that begin no farther away can meet a range.
+#[derive(Debug, Default)]
+struct Used {
+    /// Length as a power of two, start, end, and the number of whoever it is.
+    all: BTreeSet<(u32, u64, u64, u64)>,
+    /// How often one of them was looked at.
+    #[cfg(test)]
+    looks: Cell<usize>,
 }
+
+impl Used {
+    fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    fn entries(number: u64, ranges: &[Range<u64>]) -> impl Iterator<Item = (u32, u64, u64, u64)> {
+        ranges.iter().filter(|range| !range.is_empty()).map(move |range| {
+            let most = range.end - range.start - 1;
+            (u64::BITS - most.leading_zeros(), range.start, range.end, number)
+        })
+    }
+
+    fn add(&mut self, number: u64, ranges: &[Range<u64>]) {
+        self.all.extend(Self::entries(number, ranges));
+    }
+
+    fn remove(&mut self, number: u64, ranges: &[Range<u64>]) {
+        for entry in Self::entries(number, ranges) {
+            self.all.remove(&entry);
+        }
+    }
+
+    /// The last before this number who is at any of these ranges.
+    fn last(&self, ranges: &[Range<u64>], before: u64) -> Option<u64> {
+        let mut last = None;
+        for range in ranges.iter().filter(|range| !range.is_empty()) {
+            let mut lengths = 0;
+            while let Some(&(length, ..)) = self.all.range((lengths, 0, 0, 0)..).next() {
+                let most = u64::MAX.checked_shr(u64::BITS - length).unwrap_or(0);
+                let first = (length, range.start.saturating_sub(most), 0, 0);
+                let mut behind = (length, range.end, 0, 0);
+                while let Some(&(_, start, end, _)) = self.all.range(first..behind).next_back() {
+                    #[cfg(test)]
+                    self.looks.set(self.looks.get() + 1);
+                    behind = (length, start, end, 0);
+                    if overlap(range, &(start..end)) {
+                        // Of those at the same range one is looked at.
+                        let mut same = self.all.range(behind..(length, start, end, before));
+                        last = last.max(same.next_back().map(|(.., number)| *number));
+                    }
+                }
+                lengths = length + 1;
+            }
+        }
+        last
+    }
+}
+
+/// Stands for all who are only counted. Nobody has this number.
+const COUNTED: u64 = 0;
 
 /// One who waits.
 struct Waiting {
-    number: u64,
     mode: Mode,
     ranges: Vec<Range<u64>>,
+    /// Who is in his way: has one of the ranges, or has waited longer for one.
+    behind: u64,
     granted: Granted,
 }
 
 #[derive(Default)]
 struct State {
     next: u64,
+    /// Who has ranges or waits for them, to be together there, or alone.
     together: Used,
     alone: Used,
-    /// In the order they came.
-    waiting: VecDeque<Waiting>,
+    /// Those who wait, in the order they came.
+    waiting: BTreeMap<u64, Waiting>,
+    /// Each who is in the way of one who waits, and that one. Who gets what he waited for stays in their way.
+    behind: BTreeSet<(u64, u64)>,
+    /// How often one who waits was looked at again.
+    #[cfg(test)]
+    looks: usize,
 }
 
 impl State {
@@ -141,37 +206,67 @@ impl State {
         self.next
     }
 
-    /// Whether nobody is in the way who has the ranges or has waited longer. `drained`: nobody is only counted.
-    fn is_free(&self, mode: Mode, ranges: &[Range<u64>], drained: bool) -> bool {
-        let together = mode == Mode::Together;
-        let overtakes = |waiting: &Waiting| {
-            (waiting.mode == Mode::Alone || !together)
-                && waiting.ranges.iter().any(|a| ranges.iter().any(|b| overlap(a, b)))
-        };
-        (together || drained && !meets(&self.together, ranges))
-            && !meets(&self.alone, ranges)
-            && !self.waiting.iter().any(overtakes)
+    /// The last who is in the way of this number, as he came before: he has one of the ranges, or waits for it. `drained`:
+    /// nobody is only counted.
+    fn in_the_way(
+        &self,
+        number: u64,
+        mode: Mode,
+        ranges: &[Range<u64>],
+        drained: bool,
+    ) -> Option<u64> {
+        let alone = self.alone.last(ranges, number);
+        match mode {
+            Mode::Together => alone,
+            Mode::Alone => alone
+                .max(self.together.last(ranges, number))
+                .or_else(|| (!drained).then_some(COUNTED)),
+        }
+    }
+
+    fn used(&mut self, mode: Mode) -> &mut Used {
+        match mode {
+            Mode::Together => &mut self.together,
+            Mode::Alone => &mut self.alone,
+        }
     }
 
     fn enter(&mut self, number: u64, mode: Mode, ranges: &[Range<u64>]) -> Hold {
-        let used = match mode {
-            Mode::Together => &mut self.together,
-            Mode::Alone => &mut self.alone,
-        };
-        let entries = ranges.iter().filter(|range| !range.is_empty());
-        used.extend(entries.map(|range| (number, range.clone())));
-        Hold(How::Listed(number))
+        self.used(mode).add(number, ranges);
+        Hold(How::Listed(number, mode, ranges.to_vec()))
     }
 
-    /// Those who wait no longer.
-    fn grant(&mut self, drained: bool) -> Vec<(Hold, Granted)> {
+    fn wait(&mut self, number: u64, one: Waiting) {
+        self.used(one.mode).add(number, &one.ranges);
+        self.behind.insert((one.behind, number));
+        self.waiting.insert(number, one);
+    }
+
+    fn wait_no_longer(&mut self, number: u64) -> Option<Waiting> {
+        let one = self.waiting.remove(&number)?;
+        self.behind.remove(&(one.behind, number));
+        Some(one)
+    }
+
+    /// Somebody is gone: those who wait no longer.
+    fn gone(&mut self, who: u64, drained: bool) -> Vec<(Hold, Granted)> {
+        let all = self.behind.range((who, 0)..=(who, u64::MAX));
         let mut granted = Vec::new();
-        for one in std::mem::take(&mut self.waiting) {
-            // In the list by now are those who came before him and wait on.
-            if self.is_free(one.mode, &one.ranges, drained) {
-                granted.push((self.enter(one.number, one.mode, &one.ranges), one.granted));
-            } else {
-                self.waiting.push_back(one);
+        for number in all.map(|(_, number)| *number).collect::<Vec<_>>() {
+            #[cfg(test)]
+            {
+                self.looks += 1;
+            }
+            let Some(one) = self.waiting.get(&number) else { continue };
+            if let Some(other) = self.in_the_way(number, one.mode, &one.ranges, drained) {
+                self.behind.remove(&(who, number));
+                self.behind.insert((other, number));
+                if let Some(one) = self.waiting.get_mut(&number) {
+                    one.behind = other;
+                }
+            } else if let Some(one) = self.wait_no_longer(number) {
+                // Nothing of what he waited for is anybody else's: it is his as it stands there.
+                granted.push((Hold(How::Listed(number, one.mode, one.ranges)), one.granted));
             }
         }
         granted
@@ -228,7 +323,7 @@ impl Exclusion {
     pub fn is_in_use(&self) -> bool {
         let counted = self.counters.iter().any(|c| c.0.load(Ordering::SeqCst) > 0);
         let state = self.state();
-        counted || !state.together.is_empty() || !state.alone.is_empty()
+        counted || state.together.len() + state.alone.len() > 0
     }
 
     /// Counts an operation, as long as that is enough.
@@ -250,27 +345,36 @@ impl Exclusion {
         count.fetch_sub(1, Ordering::SeqCst);
         // As above: this thread sees that lists are kept, or who keeps them does not see the count any more.
         if self.lists.load(Ordering::SeqCst) && !self.drained.load(Ordering::Relaxed) {
-            self.grant(self.state());
+            self.grant(self.state(), COUNTED);
         }
     }
 
     /// Whether nobody is left who was only counted, once lists are kept: nobody is counted any more.
-    fn is_drained(&self) -> bool {
+    fn is_drained(&self, state: &State) -> bool {
         let drained = self.drained.load(Ordering::Relaxed)
             || self.counters.iter().all(|count| count.0.load(Ordering::SeqCst) == 0);
-        if drained {
+        // Once this is set nobody else looks after those who wait for it.
+        if drained && state.behind.first().is_none_or(|(who, _)| *who != COUNTED) {
             self.drained.store(true, Ordering::Relaxed);
         }
         drained
     }
 
-    /// Begins what no longer has to wait.
+    /// Begins what no longer has to wait when somebody is gone.
     #[cold]
-    fn grant(&self, mut state: MutexGuard<'_, State>) {
+    fn grant(&self, mut state: MutexGuard<'_, State>, who: u64) {
         if state.waiting.is_empty() {
             return;
         }
-        let all = state.grant(self.is_drained());
+        let drained = self.is_drained(&state);
+        let mut all = Vec::new();
+        if who != COUNTED {
+            all = state.gone(who, drained);
+        }
+        if drained {
+            all.extend(state.gone(COUNTED, drained));
+            self.drained.store(true, Ordering::Relaxed);
+        }
         drop(state);
         for (hold, granted) in all {
             granted(hold);
@@ -280,10 +384,10 @@ impl Exclusion {
     #[cold]
     fn enter_list(&self, ranges: &[Range<u64>]) -> Option<Hold> {
         let mut state = self.state();
-        if !state.is_free(Mode::Together, ranges, false) {
+        let number = state.number();
+        if state.in_the_way(number, Mode::Together, ranges, false).is_some() {
             return None;
         }
-        let number = state.number();
         Some(state.enter(number, Mode::Together, ranges))
     }
 
@@ -404,20 +508,21 @@ impl Store for Exclusion {
         self.lists.store(true, Ordering::SeqCst);
         let mut state = self.state();
         let number = state.number();
-        if state.is_free(mode, ranges, self.is_drained()) {
+        let drained = self.is_drained(&state);
+        let Some(behind) = state.in_the_way(number, mode, ranges, drained) else {
             return Wanted::Had(state.enter(number, mode, ranges), granted);
-        }
-        state.waiting.push_back(Waiting { number, mode, ranges: ranges.to_vec(), granted });
+        };
+        state.wait(number, Waiting { mode, ranges: ranges.to_vec(), behind, granted });
         Wanted::Waits(number)
     }
 
     fn stop_waiting(&self, number: u64) -> Option<Granted> {
         let mut state = self.state();
-        let at = state.waiting.iter().position(|waiting| waiting.number == number)?;
-        let stopped = state.waiting.remove(at);
+        let stopped = state.wait_no_longer(number)?;
+        state.used(stopped.mode).remove(number, &stopped.ranges);
         // Others may have waited for him only.
-        self.grant(state);
-        stopped.map(|waiting| waiting.granted)
+        self.grant(state, number);
+        Some(stopped.granted)
     }
 
     fn let_go(&self, hold: Hold) {
@@ -428,11 +533,10 @@ impl Store for Exclusion {
                     self.count_out(&count.0);
                 }
             }
-            How::Listed(number) => {
+            How::Listed(number, mode, ranges) => {
                 let mut state = self.state();
-                state.together.retain(|(other, _)| *other != number);
-                state.alone.retain(|(other, _)| *other != number);
-                self.grant(state);
+                state.used(mode).remove(number, &ranges);
+                self.grant(state, number);
             }
         }
     }
@@ -552,7 +656,7 @@ mod tests {
         let state = store.state();
         let counted = store.counters.iter().any(|count| count.0.load(Ordering::SeqCst) > 0);
         let used = state.together.len() + state.alone.len() + state.waiting.len();
-        !counted && used == 0
+        !counted && used + state.behind.len() == 0
     }
 
     #[test]
@@ -603,6 +707,23 @@ mod tests {
             }
             assert!(is_idle(&store));
         }
+    }
+
+    /// One who is only counted says first that he is gone, and looks then for those who wait for it. Who comes in between
+    /// and finds nobody counted leaves them to him.
+    #[test]
+    fn who_finds_nobody_counted_leaves_those_who_wait_to_who_was() {
+        let (store, log) = (exclusion(), Log::default());
+        let _counted = store.hold_now(slice::from_ref(&(0..8))).unwrap();
+        want(&store, &log, 'a', Mode::Alone, 0..8);
+        store.counters[own_place()].0.fetch_sub(1, Ordering::SeqCst);
+        want(&store, &log, 'b', Mode::Alone, 64..72);
+        assert_eq!(names(&log), "b");
+        // As the other does, after his number has been taken off.
+        assert!(store.count_in().is_none());
+        assert_eq!(names(&log), "ba");
+        "ba".chars().for_each(|who| end(&store, &log, who));
+        assert!(is_idle(&store));
     }
 
     #[test]
@@ -800,6 +921,148 @@ mod tests {
         assert_eq!(names(&log), "ac");
         assert!(store.stop_waiting(b).is_none(), "once");
         "ac".chars().for_each(|who| end(&store, &log, who));
+        assert!(is_idle(&store));
+    }
+
+    /// Who wants ranges in the simplest way: all who wait are looked at, in their order, whenever anything changes.
+    #[derive(Default)]
+    struct Model {
+        /// What was only counted, which is in the way of all who want to be alone.
+        counted: usize,
+        had: Vec<(usize, Mode, Vec<Range<u64>>)>,
+        waiting: Vec<(usize, Mode, Vec<Range<u64>>)>,
+    }
+
+    impl Model {
+        fn go_on(&mut self) {
+            for one in std::mem::take(&mut self.waiting) {
+                let conflicts = |(_, mode, ranges): &(usize, Mode, Vec<Range<u64>>)| {
+                    (*mode == Mode::Alone || one.1 == Mode::Alone)
+                        && ranges.iter().any(|a| one.2.iter().any(|b| overlap(a, b)))
+                };
+                let waits = self.had.iter().chain(&self.waiting).any(conflicts)
+                    || one.1 == Mode::Alone && self.counted > 0;
+                if waits { self.waiting.push(one) } else { self.had.push(one) }
+            }
+        }
+
+        fn have(&self) -> Vec<usize> {
+            let mut have: Vec<usize> = self.had.iter().map(|(who, ..)| *who).collect();
+            have.sort_unstable();
+            have
+        }
+    }
+
+    /// Whoever comes, ends and stops waiting: at any time those have their ranges who have them in the simplest way.
+    #[test]
+    fn ranges_are_had_as_in_the_simplest_way() {
+        let mut seed = 1u64;
+        let mut below = |n: u64| {
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % n
+        };
+        for round in 0..150 {
+            let (store, mut model) = (exclusion(), Model::default());
+            let holds: Arc<Mutex<Vec<(usize, Hold)>>> = Arc::default();
+            let mut counted: Vec<Hold> =
+                (0..below(3)).map(|_| store.hold_now(slice::from_ref(&(0..64))).unwrap()).collect();
+            model.counted = counted.len();
+            let mut numbers = std::collections::HashMap::new();
+            for who in 0..200 {
+                // The first wants to be alone, so that from then on nobody is only counted.
+                match if who == 0 { 0 } else { below(8) } {
+                    0..5 => {
+                        let mode =
+                            [Mode::Alone, Mode::Together][usize::from(who > 0 && below(3) == 0)];
+                        let range = |at: u64, len: u64| at..(at + len).min(64);
+                        let ranges: Vec<_> = (0..=below(2))
+                            .map(|_| range(below(64), below([3, 9, 40][round % 3])))
+                            .collect();
+                        let of_thread = Arc::clone(&holds);
+                        let granted: Granted =
+                            Box::new(move |hold| of_thread.lock().unwrap().push((who, hold)));
+                        match store.hold(mode, &ranges, granted) {
+                            Wanted::Had(hold, granted) => granted(hold),
+                            Wanted::Waits(number) => {
+                                numbers.insert(who, number);
+                            }
+                        }
+                        model.waiting.push((who, mode, ranges));
+                    }
+                    5 if !counted.is_empty() => {
+                        store.let_go(counted.pop().unwrap());
+                        model.counted -= 1;
+                    }
+                    5 | 6 if !model.had.is_empty() => {
+                        let at = below(model.had.len() as u64) as usize;
+                        let (who, ..) = model.had.remove(at);
+                        let mut all = holds.lock().unwrap();
+                        let at = all.iter().position(|(other, _)| *other == who).unwrap();
+                        let (_, hold) = all.swap_remove(at);
+                        drop(all);
+                        store.let_go(hold);
+                    }
+                    _ if !model.waiting.is_empty() => {
+                        let at = below(model.waiting.len() as u64) as usize;
+                        let (who, ..) = model.waiting.remove(at);
+                        assert!(store.stop_waiting(numbers[&who]).is_some());
+                    }
+                    _ => {}
+                }
+                model.go_on();
+                let mut have: Vec<usize> =
+                    holds.lock().unwrap().iter().map(|(who, _)| *who).collect();
+                have.sort_unstable();
+                assert_eq!(have, model.have(), "round {round}, step {who}");
+            }
+            counted.into_iter().for_each(|hold| store.let_go(hold));
+            loop {
+                let all = std::mem::take(&mut *holds.lock().unwrap());
+                if all.is_empty() {
+                    break;
+                }
+                all.into_iter().for_each(|(_, hold)| store.let_go(hold));
+            }
+            assert!(is_idle(&store), "round {round}");
+        }
+    }
+
+    /// However many wait for one range, who has another and lets go of it looks at none of them; and in a row of those who
+    /// wait for each other each is looked at when the one before it goes.
+    #[test]
+    fn who_lets_go_looks_at_those_who_wait_for_that() {
+        // A power of two, so that what is about all of them is not near what is behind them.
+        const MANY: u64 = 1024;
+        let (store, log) = (exclusion(), Log::default());
+        // From then on nobody is only counted.
+        alone(&store, 0..8, |_| {});
+        want(&store, &log, 'a', Mode::Together, 0..512 * MANY);
+        for n in 0..MANY {
+            want(&store, &log, 'b', Mode::Alone, 512 * n..512 * n + 512);
+        }
+        for _ in 0..MANY {
+            want(&store, &log, 'c', Mode::Alone, 0..512);
+        }
+        let elsewhere = 512 * MANY..512 * MANY + 512;
+        let looks = || {
+            let state = store.state();
+            state.looks + state.alone.looks.get() + state.together.looks.get()
+        };
+        let before = looks();
+        for mode in [Mode::Together, Mode::Alone] {
+            want(&store, &log, 'x', mode, elsewhere.clone());
+            end(&store, &log, 'x');
+        }
+        let hold = store.hold_now(slice::from_ref(&elsewhere)).unwrap();
+        store.let_go(hold);
+        assert_eq!(looks(), before, "neither who comes nor who goes looks at one of them");
+        end(&store, &log, 'a');
+        assert_eq!(store.state().looks as u64, MANY);
+        (0..MANY).for_each(|_| end(&store, &log, 'b'));
+        (0..MANY).for_each(|_| end(&store, &log, 'c'));
+        assert_eq!(store.state().looks as u64, 2 * MANY);
         assert!(is_idle(&store));
     }
 

@@ -12,7 +12,9 @@ use super::FIXED_QUEUES;
 use super::dirty_log::DirtyLog;
 use super::memory::GuestMemory;
 use super::wire::{Ended, T_PARAM_CHANGE};
+use crate::scsi::copy::Waits;
 use crate::scsi::{LunNumber, Port, UnitAttention};
+use crate::store::engine::ending::Ending;
 
 /// What others want of a queue thread.
 pub(super) enum Message {
@@ -261,8 +263,8 @@ pub(super) struct Sweep {
 pub(super) enum Report {
     /// A control queue, which knows it by a number, and whether anything was found.
     Queue { to: Mailbox, id: u64, found: Arc<AtomicBool> },
-    /// Somebody at the other end, which hangs up.
-    Caller { _end: Sender<()> },
+    /// Whoever waits until everybody has let go of this.
+    Caller(Arc<Ending>),
     /// Nobody.
     Nobody,
 }
@@ -322,6 +324,16 @@ impl Sweep {
     /// How to end what it finds, if at all.
     pub(super) fn ends_with(&self) -> Option<Ended> {
         self.ends_with
+    }
+}
+
+impl Waits for Sweep {
+    fn is_awaited(&self) -> bool {
+        match &self.report {
+            Report::Queue { .. } => true,
+            Report::Caller(ending) => ending.is_awaited(),
+            Report::Nobody => false,
+        }
     }
 }
 

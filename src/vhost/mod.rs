@@ -28,7 +28,6 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -37,6 +36,7 @@ use vhost::vhost_user::Error;
 use crate::limits;
 use crate::scsi::{Lun, Port, Target, Tasks, UnitAttention};
 use crate::store::engine::EngineKind;
+use crate::store::engine::ending::Ending;
 use connection::Connection;
 use message::{Queues, Report, Sweep};
 use watchdog::Watchdog;
@@ -75,21 +75,17 @@ impl Connections {
 }
 
 impl Tasks for Connections {
-    fn abort(&self, ports: &[Port], disk: usize) -> Receiver<()> {
-        let (end, ended) = mpsc::channel();
-        let report = Report::Caller { _end: end };
+    fn abort(&self, ports: &[Port], disk: usize, ending: Arc<Ending>) {
+        let report = Report::Caller(ending);
         let sweep = Arc::new(Sweep::new(None, vec![disk], None, Some(Ended::TaskAborted), report));
         for (_, queues) in self.all().iter().filter(|(port, _)| ports.contains(port)) {
             queues.sweep_running(&sweep);
         }
-        ended
     }
 
-    fn clear(&self, disk: usize) -> Receiver<()> {
-        let (end, ended) = mpsc::channel();
-        let sweep = Arc::new(Sweep::clearing(disk, Report::Caller { _end: end }));
+    fn clear(&self, disk: usize, ending: Arc<Ending>) {
+        let sweep = Arc::new(Sweep::clearing(disk, Report::Caller(ending)));
         self.all().iter().for_each(|(_, queues)| queues.sweep_running(&sweep));
-        ended
     }
 }
 

@@ -15,9 +15,11 @@ use super::ring::Ring;
 use super::wire::{CommandResponse, Ended, Response};
 use super::worker::{Abandoned, CallResult, HostCall, Service, Step};
 use crate::scsi::background::Tolerance;
+use crate::scsi::copy::Waits;
 use crate::scsi::{
     self, Cdb, Delivery, Lun, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer, Work,
 };
+use crate::store::engine::ending::keep;
 use crate::store::engine::uring::UringEngine;
 use crate::store::engine::{Completion, Engine, EngineKind, Finished, Token};
 use crate::store::{Cause, Durability, Operation, StoreError};
@@ -416,7 +418,7 @@ impl RequestQueue {
             sweep.found();
             if let Some(how) = sweep.ends_with() {
                 task.ended = Some(how);
-                task.sweeps.push(Arc::clone(sweep));
+                keep(&mut task.sweeps, Arc::clone(sweep), |sweep| sweep.is_awaited());
                 self.flights.engine.cancel(slot);
             }
         }
@@ -437,7 +439,7 @@ impl RequestQueue {
         for (slot, place) in (0u32..).zip(self.flights.tasks.iter_mut()) {
             let Some(task) = place.as_mut() else { continue };
             if task.at_medium && sweep.selects(task.disk, task.received.tag) {
-                task.sweeps.push(Arc::clone(sweep));
+                keep(&mut task.sweeps, Arc::clone(sweep), |sweep| sweep.is_awaited());
                 self.flights.engine.cancel(slot);
             }
         }

@@ -13,11 +13,12 @@ use super::vpd::designators;
 use super::{Context, Reply};
 use crate::scsi::Target;
 use crate::scsi::copy::segment::{self, Cscd, Segment, What};
-use crate::scsi::copy::{Operation, Running, Start};
+use crate::scsi::copy::{Operation, Running, Start, Waiter};
 use crate::scsi::lun::Lun;
 use crate::scsi::sense::{Key, ScsiError, Sense, asc};
 use crate::scsi::wire::{Cdb, U16, U32, U64};
 use crate::store::Store;
+use crate::store::engine::ending::ending;
 use crate::store::engine::{Cancel, Need};
 
 /// MAXIMUM CSCD DESCRIPTOR COUNT.
@@ -398,13 +399,18 @@ fn parse_segments(
     Ok(segments)
 }
 
-/// COPY OPERATION ABORT: answered when the copy has ended.
+/// COPY OPERATION ABORT: answered when the copy has ended, which is up to the hosts of both its disks.
 pub(super) fn abort(context: Context<'_>) -> Result<Reply, ScsiError> {
     let cdb = &context.request.cdb;
     let list_id = u32::from_be_bytes([cdb.byte(2), cdb.byte(3), cdb.byte(4), cdb.byte(5)]);
-    let manager = Arc::clone(context.target.copies());
+    let manager = context.target.copies();
     let operation = manager.find(context.nexus, context.lun, list_id, 2)?;
-    Ok(Reply::Job(Box::new(move |cancel| manager.abort(&operation, cancel).map(|()| 0))))
+    let (ending, ended) = ending();
+    let waiter: Waiter = ending;
+    match manager.end(|other| std::ptr::eq(other, operation.as_ref()), &waiter) {
+        true => Ok(Reply::After(Box::new(|_| Ok(0)), ended)),
+        false => Ok(Reply::Good),
+    }
 }
 
 #[cfg(test)]
@@ -460,6 +466,12 @@ mod tests {
             assert_eq!(outcome.status, crate::scsi::Status::Good, "{outcome:?}");
             let copy = target.copies().find(&nexus, &lun, 9, 0).unwrap();
             assert_eq!((copy.report().status, copy.report().bytes), (Status::Background, 0));
+            if !answered {
+                // Nor is it kept who has waited for its end and does not any more.
+                let abort = Cdb::new(&[0x83, 0x1c, 0, 0, 0, 9]);
+                (0..1000).for_each(|_| assert!(matches!(run(abort, &[]), Plan::Job(_))));
+                assert!(copy.waiting().capacity() < 100);
+            }
             match answered {
                 true => work.begin.unwrap().send(()).unwrap(),
                 false => drop(work.begin),

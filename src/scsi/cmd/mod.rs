@@ -38,6 +38,7 @@ use super::sense::{ScsiError, asc};
 use super::target::Target;
 use super::wire::Cdb;
 use super::{Request, wire};
+use crate::store::engine::ending::Ended;
 use crate::store::engine::{Cancel, Need};
 use crate::store::{Buffers, Operation, Store};
 
@@ -156,6 +157,8 @@ pub enum Reply {
     Transfer(Operation, usize),
     /// Blocking work that waits for nothing but the host.
     Job(JobFn),
+    /// Blocking work, and what else must have ended before the command is answered: nothing is held meanwhile.
+    After(JobFn, Ended),
     /// Blocking work that is begun when it can have what it needs.
     Needy(Need, NeedyFn),
     /// Blocking work that prepares something which goes on when the command has been answered (IMMED). It is told when it

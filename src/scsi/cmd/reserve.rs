@@ -1,23 +1,19 @@
 //! PERSISTENT RESERVE IN and OUT (SPC-5 6.14, 6.15), RESERVE and RELEASE (SPC-2 7.17 ff).
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::Duration;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{Context, Reply, wire};
 use crate::scsi::attention::Port;
-use crate::scsi::copy::{self, Operation};
+use crate::scsi::copy::{Operation, Waiter};
 use crate::scsi::lun::Lun;
 use crate::scsi::reservations::{Change, Effects, State, Type};
 use crate::scsi::sense::ScsiError;
 use crate::scsi::target::Target;
 use crate::scsi::wire::{Cdb, U16, U32, U64, bytes_of, len32};
 use crate::store::engine::Cancel;
-
-/// How often PREEMPT AND ABORT, while it waits for the end of what it aborts, looks whether it is aborted.
-const LOOK: Duration = Duration::from_millis(50);
+use crate::store::engine::ending::{Ending, ending};
 
 /// TransportID of the initiator behind a port. No SCSI transport protocol is defined for virtio (PROTOCOL
 /// IDENTIFIER Fh: no specific protocol); there is one initiator to a port, and it is known by that.
@@ -311,82 +307,58 @@ pub(super) fn register_and_move(context: Context<'_>) -> Result<Reply, ScsiError
 }
 
 /// Makes a change, at once where nothing has to be noted, and tells who has to know. What it aborts is told to end before
-/// anything waits: with many commands under way, those are in the way of whoever waits for a thread.
+/// anything waits: with many commands under way, those are in the way of whoever waits for a thread. For its end nothing
+/// waits but the answer.
 fn job(context: &Context<'_>, change: Change, abort: bool) -> Result<Reply, ScsiError> {
     let (target, lun) = (Arc::clone(context.target), Arc::clone(context.lun));
     let (port, len) = (context.nexus.port(), list_len(&context.request.cdb));
+    let (ending, ended) = ending();
     let Some(effects) = lun.reservations().change_now(port, change) else {
-        return Ok(Reply::Job(Box::new(move |cancel| {
+        let job = move |cancel: &Cancel| {
             if cancel.is_requested() {
                 return Err(ScsiError::Aborted);
             }
             let effects = lun.reservations().change(port, change, lun.store().notes())?;
-            let ending = follow(&target, &lun, effects, abort);
-            ending.map_or(Ok(()), |ending| ending.wait(cancel)).map(|()| len)
-        })));
+            follow(&target, &lun, effects, abort, ending);
+            Ok(len)
+        };
+        return Ok(Reply::After(Box::new(job), ended));
     };
-    match follow(&target, &lun, effects?, abort) {
-        None => Ok(Reply::Consumed(len)),
-        Some(ending) => Ok(Reply::Job(Box::new(move |cancel| ending.wait(cancel).map(|()| len)))),
+    match follow(&target, &lun, effects?, abort, ending) {
+        false => Ok(Reply::Consumed(len)),
+        true => Ok(Reply::After(Box::new(move |_| Ok(len)), ended)),
     }
 }
 
-/// Tells who has to know, and has what those who were preempted have under way at the disk end.
+/// Tells who has to know, and has what those who were preempted have under way at the disk end; says whether that is to be
+/// waited for. What ends before PREEMPT AND ABORT does (SPC-5 5.14.11.2.6) are their commands to the disk, and their copies
+/// from and to it, whichever disk was asked for them and whether or not the command has been answered. It holds `ending`.
 fn follow(
     target: &Arc<Target>,
     lun: &Arc<Lun>,
     effects: Effects,
     abort: bool,
-) -> Option<Preempted> {
+    ending: Arc<Ending>,
+) -> bool {
     for (port, attention) in &effects.tell {
         target.tell(lun, *attention, *port);
     }
     if !abort || effects.preempted.is_empty() {
-        return None;
+        return false;
     }
-    let commands = target.abort_tasks(&effects.preempted, lun);
+    let (ports, next) = (effects.preempted, Arc::clone(&ending));
+    let (of_commands, commands) = self::ending();
+    target.abort_tasks(&ports, lun, of_commands);
     let (target, lun) = (Arc::clone(target), Arc::clone(lun));
-    let preempted = Preempted { target, lun, ports: effects.preempted, commands };
-    drop(preempted.end_copies());
-    Some(preempted)
-}
-
-/// What those who were preempted have under way, which ends before PREEMPT AND ABORT does (SPC-5 5.14.11.2.6): their
-/// commands to the disk, and their copies from and to it, whichever disk was asked for them and whether or not the command
-/// has been answered.
-struct Preempted {
-    target: Arc<Target>,
-    lun: Arc<Lun>,
-    ports: Vec<Port>,
-    /// The commands; it hangs up after the last of them.
-    commands: Option<Receiver<()>>,
-}
-
-impl Preempted {
-    /// Has the copies end; hangs up after the last of them.
-    fn end_copies(&self) -> Receiver<()> {
-        let (waiter, ended) = copy::waiter();
-        let theirs = |copy: &Operation| self.ports.contains(&copy.port) && copy.concerns(&self.lun);
-        self.target.copies().end(theirs, &waiter);
-        ended
-    }
-
-    fn wait(self, cancel: &Cancel) -> Result<(), ScsiError> {
-        if let Some(commands) = &self.commands {
-            wait(commands, cancel)?;
-        }
-        // Once more: one of the commands may have begun a copy before it ended.
-        wait(&self.end_copies(), cancel)
-    }
-}
-
-fn wait(ended: &Receiver<()>, cancel: &Cancel) -> Result<(), ScsiError> {
-    while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(LOOK) {
-        if cancel.is_requested() {
-            return Err(ScsiError::Aborted);
-        }
-    }
-    Ok(())
+    let waiter: Waiter = ending;
+    let end_copies = move || {
+        let theirs = |copy: &Operation| ports.contains(&copy.port) && copy.concerns(&lun);
+        target.copies().end(theirs, &waiter);
+    };
+    end_copies();
+    // Once more: one of the commands may have begun a copy before it ended.
+    commands.then_before(next, Box::new(end_copies));
+    true
 }
 
 /// RESERVE (6, 10): the whole disk, for the initiator itself.

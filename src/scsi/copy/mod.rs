@@ -4,15 +4,13 @@
 pub mod rod;
 pub mod segment;
 
-use std::any::Any;
-use std::sync::mpsc::{self, Receiver};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::attention::{Nexus, Port};
 use super::lun::Lun;
 use super::sense::{Key, ScsiError, Sense, asc};
 use crate::store::engine::Cancel;
+use crate::store::engine::ending::{Ending, ending, keep};
 use rod::{Rods, TokenBytes};
 
 /// Copies at a time, over all initiators, if none has less than one; and of those that a disk is asked for, which may have as
@@ -21,9 +19,6 @@ const MAX_COPIES: usize = 8;
 
 /// Copies that are remembered after they have ended, over all initiators, if none has less than the second number.
 const MAX_REMEMBERED: [usize; 2] = [256, 16];
-
-/// How often one that waits for a copy's end looks whether it was aborted itself.
-const LOOK: Duration = Duration::from_millis(50);
 
 /// What has become of a copy (SPC-5 table 211).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,20 +82,26 @@ pub struct Operation {
 }
 
 /// Something that goes on when everything that holds it has let go.
-pub type Waiter = Arc<dyn Any + Send + Sync>;
-
-/// A waiter, and where it is heard of: the receiver hangs up when everything has let go.
-pub fn waiter() -> (Waiter, Receiver<()>) {
-    let (end, ended) = mpsc::channel::<()>();
-    (Arc::new(end), ended)
+pub trait Waits: Send + Sync {
+    /// Whether anybody still wants it to.
+    fn is_awaited(&self) -> bool;
 }
+
+impl Waits for Ending {
+    fn is_awaited(&self) -> bool {
+        Ending::is_awaited(self)
+    }
+}
+
+/// One of them.
+pub type Waiter = Arc<dyn Waits>;
 
 impl Operation {
     fn lock(&self) -> MutexGuard<'_, Report> {
         self.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Vec<Waiter>> {
+    pub(in crate::scsi) fn waiting(&self) -> MutexGuard<'_, Vec<Waiter>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -187,7 +188,6 @@ impl Drop for Running {
 pub struct CopyManager {
     ports: usize,
     operations: Mutex<Vec<Arc<Operation>>>,
-    one_ended: Condvar,
     rods: Rods,
 }
 
@@ -201,7 +201,7 @@ impl CopyManager {
     pub fn new(ports: u16) -> Self {
         let ports = usize::from(ports);
         let rods = Rods::new(ports);
-        CopyManager { ports, operations: Mutex::default(), one_ended: Condvar::new(), rods }
+        CopyManager { ports, operations: Mutex::default(), rods }
     }
 
     /// TOTAL CONCURRENT COPIES and MAXIMUM IDENTIFIED CONCURRENT COPIES, as far as an initiator can have them.
@@ -291,7 +291,6 @@ impl CopyManager {
         }
         let waiting = std::mem::take(&mut *operation.waiting());
         drop(all);
-        self.one_ended.notify_all();
         drop(waiting);
     }
 
@@ -316,22 +315,6 @@ impl CopyManager {
         self.operations().retain(|o| !Arc::ptr_eq(o, operation));
     }
 
-    /// Ends a copy and waits for that.
-    ///
-    /// # Errors
-    /// If the command that waits is aborted itself.
-    pub fn abort(&self, operation: &Arc<Operation>, cancel: &Cancel) -> Result<(), ScsiError> {
-        operation.cancel.request();
-        let mut all = self.operations();
-        while operation.report().status.is_running() {
-            if cancel.is_requested() {
-                return Err(ScsiError::Aborted);
-            }
-            all = self.one_ended.wait_timeout(all, LOOK).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        Ok(())
-    }
-
     /// Has copies end; says whether there are any. Each holds `waiter` until it has: what is to be over before something is
     /// answered writes nothing when that is (SAM-6 7.1).
     ///
@@ -343,17 +326,18 @@ impl CopyManager {
         for operation in all.iter().filter(|o| o.report().status.is_running() && which(o)) {
             any = true;
             operation.cancel.request();
-            operation.waiting().push(Arc::clone(waiter));
+            keep(&mut operation.waiting(), Arc::clone(waiter), |waiter| waiter.is_awaited());
         }
         any
     }
 
     /// The same, and waits for the last of them: for as long as the host takes for a step of each.
     pub fn end_and_wait(&self, which: impl Fn(&Operation) -> bool) {
-        let (waiter, ended) = waiter();
+        let (ending, ended) = ending();
+        let waiter: Waiter = ending;
         self.end(which, &waiter);
         drop(waiter);
-        let _ = ended.recv();
+        ended.wait();
     }
 
     /// Forgets copies that have ended.
@@ -467,19 +451,6 @@ pub(super) mod tests {
         begin(&target, last, 1, 1).unwrap();
         running.pop();
         begin(&target, last, 0, 2).unwrap();
-    }
-
-    /// A copy whose host hangs holds up nobody who does not want to wait for it any more.
-    #[test]
-    fn who_waits_for_the_end_of_a_copy_can_be_aborted() {
-        let target = target(1);
-        let nexus = target.connect(Port(1));
-        let running = begin(&target, &nexus, 0, 1).unwrap();
-        let cancel = Cancel::default();
-        cancel.request();
-        let abort = target.copies().abort(&running.operation, &cancel);
-        assert_eq!(abort, Err(ScsiError::Aborted));
-        assert!(running.operation.shall_end(), "all the same");
     }
 
     #[test]

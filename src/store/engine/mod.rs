@@ -1,6 +1,7 @@
 //! The asynchronous face of the store: operations go in with a token, completions come out in any
 //! order. Each queue thread owns one engine; nothing in it is shared between queues.
 
+pub mod ending;
 pub mod threads;
 pub mod uring;
 
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Buffers, Durability, Store, StoreError};
+use ending::Ended;
 
 /// Names one command in flight on a queue. Whoever holds it owes the queue exactly one completion.
 #[must_use = "a command in flight must be completed"]
@@ -144,6 +146,8 @@ pub struct Job<J> {
     pub need: Need,
     /// What it does.
     pub work: Work<J>,
+    /// What else must have ended before it has: it takes no thread meanwhile.
+    pub after: Option<Ended>,
 }
 
 impl<J> Job<J> {

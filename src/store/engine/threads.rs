@@ -1,7 +1,7 @@
 //! The engine that works everywhere: every operation is a blocking call on the store's pool.
 //!
 //! What needs ranges of the store that others have is not begun before it has them ([`Store::hold`]), and until then no
-//! thread has to do with it.
+//! thread has to do with it. Nor has one when it has been done, and waits for the end of something else ([`Job::after`]).
 
 use std::collections::HashMap;
 use std::mem;
@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::eventfd::EventFd;
 
+use super::ending::Ended;
 use super::{Cancel, Completion, Engine, Finished, Job, Need, Operation, Token};
 use crate::store::pool::WorkId;
 use crate::store::{Cause, Held, Hold, Mode, Store, Wanted};
@@ -36,6 +37,8 @@ enum Place {
     Waits(u64),
     /// The pool has it.
     Queued(WorkId),
+    /// It is done, but for the end of this.
+    Ends(Ended),
 }
 
 fn lock(place: &Mutex<Place>) -> MutexGuard<'_, Place> {
@@ -76,6 +79,7 @@ impl<J: Send + 'static> ThreadEngine<J> {
         store: &Arc<dyn Store>,
         need: Option<(Mode, &[Range<u64>])>,
         apart: bool,
+        after: Option<Ended>,
         work: impl FnOnce(&Cancel, &dyn Store) -> Finished<J> + Send + 'static,
     ) {
         let id = token.0;
@@ -83,11 +87,19 @@ impl<J: Send + 'static> ThreadEngine<J> {
         let (flag, known) = (Arc::clone(&cancel), Arc::clone(&place));
         let (port, on) = (Arc::clone(&self.port), Arc::clone(store));
         let begin = move |held: Held| {
-            let done = Arc::clone(&port);
+            let (done, at) = (Arc::clone(&port), Arc::clone(&known));
             let work = Box::new(move || {
                 let result = work(&flag, held.store());
                 drop(held);
-                done.post(token, result);
+                let Some(ended) = after else { return done.post(token, result) };
+                let mut place = lock(&at);
+                let port = Arc::clone(&done);
+                ended.then(Box::new(move || port.post(token, result)));
+                // Whoever cancels it says so before he looks at the place.
+                match flag.is_requested() && ended.forget() {
+                    true => done.post(Token(id), Finished::Withdrawn),
+                    false => *place = Place::Ends(ended),
+                }
             });
             // The place is not looked at before it says where the work is.
             let mut place = lock(&known);
@@ -148,7 +160,7 @@ impl<J: Send + 'static> ThreadEngine<J> {
     pub(super) fn hand_over(&mut self, token: Token, store: &Arc<dyn Store>, operation: Operation) {
         let range = operation.range();
         let need = (!range.is_empty()).then_some((Mode::Together, std::slice::from_ref(&range)));
-        self.run(token, store, need, false, |cancel, store| {
+        self.run(token, store, need, false, None, |cancel, store| {
             Finished::Operation(match cancel.is_requested() {
                 true => Err(Cause::Cancelled.into()),
                 false => operation.run(store),
@@ -163,16 +175,16 @@ impl<J: Send + 'static> Engine<J> for ThreadEngine<J> {
     }
 
     fn spawn(&mut self, token: Token, store: &Arc<dyn Store>, job: Job<J>) {
-        let Job { need, work } = job;
+        let Job { need, work, after } = job;
         let work = move |cancel: &Cancel, store: &dyn Store| Finished::Job(work(cancel, store));
         match need {
-            Need::Nothing => self.run(token, store, None, false, work),
-            Need::Thread => self.run(token, store, None, true, work),
+            Need::Nothing => self.run(token, store, None, false, after, work),
+            Need::Thread => self.run(token, store, None, true, after, work),
             Need::Together(ranges) => {
-                self.run(token, store, Some((Mode::Together, &ranges)), false, work);
+                self.run(token, store, Some((Mode::Together, &ranges)), false, after, work);
             }
             Need::Alone(range) => {
-                self.run(token, store, Some((Mode::Alone, &[range])), false, work);
+                self.run(token, store, Some((Mode::Alone, &[range])), false, after, work);
             }
         }
     }
@@ -185,6 +197,7 @@ impl<J: Send + 'static> Engine<J> for ThreadEngine<J> {
             Place::Gone => false,
             Place::Waits(number) => store.stop_waiting(number).is_some(),
             Place::Queued(work) => store.pool().withdraw(work).is_some(),
+            Place::Ends(ended) => ended.forget(),
         };
         if withdrawn {
             self.port.post(Token(token), Finished::Withdrawn);
@@ -208,6 +221,7 @@ mod tests {
     use std::sync::mpsc;
 
     use super::super::Work;
+    use super::super::ending::ending;
     use super::*;
     use crate::store::mem::MemStore;
     use crate::store::{Buffers, Durability, Exclusion};
@@ -260,7 +274,7 @@ mod tests {
                 }
                 "stopped"
             });
-            engine.spawn(Token(7), &store, Job { need, work });
+            engine.spawn(Token(7), &store, Job { need, work, after: None });
             engine.cancel(7);
             let done = collect(&mut engine, &wake, 1);
             assert!(matches!(done[0].result, Finished::Job("stopped") | Finished::Withdrawn));
@@ -281,9 +295,10 @@ mod tests {
                 gate.lock().unwrap().recv().unwrap();
                 n
             });
-            engine.spawn(Token(n), &store, Job { need: Need::Thread, work });
+            engine.spawn(Token(n), &store, Job { need: Need::Thread, work, after: None });
         }
-        engine.spawn(Token(9), &store, Job { need: Need::Nothing, work: Box::new(|_, _| 9) });
+        let job = Job { need: Need::Nothing, work: Box::new(|_, _| 9), after: None };
+        engine.spawn(Token(9), &store, job);
         assert_eq!(collect(&mut engine, &wake, 1)[0].token, Token(9));
         (0..5).for_each(|_| open.send(()).unwrap());
         collect(&mut engine, &wake, 5);
@@ -305,7 +320,7 @@ mod tests {
                 gate.lock().unwrap().recv().unwrap();
                 n
             });
-            engine.spawn(Token(n), &store, Job { need: Need::Nothing, work });
+            engine.spawn(Token(n), &store, Job { need: Need::Nothing, work, after: None });
         }
         let into = Buffers::zeroed(8).unwrap();
         engine.submit(Token(9), 0, &store, Operation::Read { offset: 0, into, medium: false });
@@ -334,12 +349,41 @@ mod tests {
                 }
                 "stopped"
             });
-            engine.spawn(Token(7), &store, Job { need, work });
+            engine.spawn(Token(7), &store, Job { need, work, after: None });
             begins.recv().unwrap();
             engine.cancel(7);
             let done = collect(&mut engine, &wake, 1);
             assert!(matches!(done[0].result, Finished::Job("stopped")));
         }
+    }
+
+    /// What is done but for the end of something else holds neither a thread nor a range. It can be taken back, and else ends
+    /// with that.
+    #[test]
+    fn those_who_wait_for_an_end_take_no_thread() {
+        let wake = Arc::new(EventFd::new().unwrap());
+        let mut engine = ThreadEngine::<u32>::new(Arc::clone(&wake));
+        let store: Arc<dyn Store> = Arc::new(Exclusion::around(Arc::new(MemStore::new(1 << 20))));
+        let job = |n, need, after| Job { need, work: Box::new(move |_, _| n), after };
+        let (ending, ends): (Vec<_>, Vec<_>) = (0..10).map(|_| ending()).unzip();
+        for (n, ended) in (0u32..).zip(ends) {
+            let need = if n % 2 == 0 { Need::Nothing } else { Need::Alone(0..8) };
+            engine.spawn(Token(n), &store, job(n, need, Some(ended)));
+        }
+        engine.spawn(Token(99), &store, job(99, Need::Alone(0..8), None));
+        assert_eq!(collect(&mut engine, &wake, 1)[0].token, Token(99));
+        (0..5).for_each(|n| engine.cancel(n));
+        let withdrawn = collect(&mut engine, &wake, 5);
+        assert!(withdrawn.iter().all(|c| c.token.0 < 5 && matches!(c.result, Finished::Withdrawn)));
+        for (n, ending) in (0..).zip(ending) {
+            drop(ending);
+            engine.cancel(n);
+            if n >= 5 {
+                let done = collect(&mut engine, &wake, 1);
+                assert!(matches!(done[0].result, Finished::Job(result) if result == n), "{done:?}");
+            }
+        }
+        assert!(engine.running.is_empty());
     }
 
     /// More wait for a range than there are threads, and what wants none of it does not notice. Who waits can be taken
@@ -354,8 +398,9 @@ mod tests {
             gate.recv().unwrap();
             0
         });
-        engine.spawn(Token(0), &store, Job { need: Need::Alone(0..512), work: holder });
-        let job = |n, need| Job { need, work: Box::new(move |_, _| n) };
+        let holder = Job { need: Need::Alone(0..512), work: holder, after: None };
+        engine.spawn(Token(0), &store, holder);
+        let job = |n, need| Job { need, work: Box::new(move |_, _| n), after: None };
         for n in 1..40u32 {
             let into = Buffers::zeroed(8).unwrap();
             match n % 4 {
