@@ -44,6 +44,10 @@ pub trait Tasks: Send + Sync {
     /// Has the commands end that are under way at the medium of a disk, whose ever they are: early where they can. The
     /// receiver hangs up when the last of them has ended.
     fn clear(&self, disk: usize) -> Receiver<()>;
+
+    /// The contents of a disk are about to change as a whole: what queues that do not run have in flight is not done
+    /// again when they do.
+    fn fence(&self, disk: usize);
 }
 
 /// Logical units of target 0 that are found at once.

@@ -27,9 +27,9 @@ use std::fmt::Display;
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use vhost::vhost_user::Error;
@@ -58,17 +58,26 @@ pub struct Offer {
     pub poll: Duration,
 }
 
-/// The queues of the connections that are served now: at most one to a port.
-struct Connections(Mutex<Vec<(Port, Arc<Queues>)>>);
+/// The queues of all ports, whether or not there is a connection by them now.
+struct Connections(Vec<(Port, Arc<Queues>)>);
 
 impl Connections {
-    fn all(&self) -> MutexGuard<'_, Vec<(Port, Arc<Queues>)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn new(target: &Target, queues: usize) -> Self {
+        let of_port = |port| (port, Arc::new(Queues::new(queues)));
+        Connections(target.ports().map(of_port).collect())
+    }
+
+    fn all(&self) -> impl Iterator<Item = (Port, &Arc<Queues>)> {
+        self.0.iter().map(|(port, queues)| (*port, queues))
+    }
+
+    fn of(&self, port: Port) -> Option<&Arc<Queues>> {
+        self.0.iter().find(|(of, _)| *of == port).map(|(_, queues)| queues)
     }
 
     /// Sweeps the queues of all other connections than `own`, for a reset.
     fn sweep_for_reset(&self, own: &Arc<Queues>, sweep: &Arc<Sweep>) {
-        for (_, queues) in self.all().iter().filter(|(_, queues)| !Arc::ptr_eq(queues, own)) {
+        for (_, queues) in self.all().filter(|(_, queues)| !Arc::ptr_eq(queues, own)) {
             queues.sweep_for_reset(sweep);
         }
     }
@@ -79,7 +88,7 @@ impl Tasks for Connections {
         let (end, ended) = mpsc::channel();
         let report = Report::Caller { _end: end };
         let sweep = Arc::new(Sweep::new(None, vec![disk], None, Some(Ended::TaskAborted), report));
-        for (_, queues) in self.all().iter().filter(|(port, _)| ports.contains(port)) {
+        for (_, queues) in self.all().filter(|(port, _)| ports.contains(port)) {
             queues.sweep_running(&sweep);
         }
         ended
@@ -88,8 +97,15 @@ impl Tasks for Connections {
     fn clear(&self, disk: usize) -> Receiver<()> {
         let (end, ended) = mpsc::channel();
         let sweep = Arc::new(Sweep::clearing(disk, Report::Caller { _end: end }));
-        self.all().iter().for_each(|(_, queues)| queues.sweep_running(&sweep));
+        self.all().for_each(|(_, queues)| queues.sweep_running(&sweep));
+        self.fence(disk);
         ended
+    }
+
+    fn fence(&self, disk: usize) {
+        let how = Some(Ended::As(wire::Response::Aborted));
+        let sweep = Sweep::new(None, vec![disk], None, how, Report::Nobody);
+        self.all().for_each(|(_, queues)| queues.fence(&sweep));
     }
 }
 
@@ -115,7 +131,8 @@ impl Device {
     /// # Errors
     /// If the host has no thread for its watchdog.
     pub fn new(target: Arc<Target>, offer: Offer) -> io::Result<Self> {
-        let connections = Arc::new(Connections(Mutex::default()));
+        let queues = FIXED_QUEUES + offer.request_queues;
+        let connections = Arc::new(Connections::new(&target, queues));
         let tasks: Arc<dyn Tasks> = Arc::<Connections>::clone(&connections);
         target.set_tasks(Arc::downgrade(&tasks));
         let asked = target.disks().iter().map(|_| AtomicU32::new(0)).collect();
@@ -125,8 +142,8 @@ impl Device {
     /// Serves one connection by a port, which has no other, until the front end goes away or
     /// [`UnixStream::shutdown`] is called for reading on `stream`. When it returns, nothing is in flight and the guest's memory is unmapped.
     pub fn serve(self: &Arc<Self>, port: Port, stream: &UnixStream) {
-        let mut connection = Connection::new(Arc::clone(self), port);
-        self.connections.all().push((port, connection.queues()));
+        let Some(queues) = self.connections.of(port) else { return };
+        let mut connection = Connection::new(Arc::clone(self), port, Arc::clone(queues));
         let end = messages::serve(stream, &mut connection);
         let gone =
             matches!(end, Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage);
@@ -136,7 +153,7 @@ impl Device {
         connection.stop_all(true);
         // Only now: a front end that sees its connection break takes what is answered by then for all there is.
         close(stream);
-        self.connections.all().retain(|(of, _)| *of != port);
+        queues.hang_up();
         self.target.disconnected(port);
         match gone {
             true => log::info!("port {}: front end is gone", port.0),
@@ -188,7 +205,7 @@ impl Device {
         let (target, lun) = (disk.settings().target, disk.settings().lun);
         log::info!("target {target} LUN {}: {} blocks now", lun.get(), disk.blocks());
         self.target.announce(disk, UnitAttention::CapacityChanged, None);
-        for (_, queues) in self.connections.all().iter() {
+        for (_, queues) in self.connections.all() {
             let event =
                 message::Event::parameters_changed(target, lun, UnitAttention::CapacityChanged);
             connection::send_event(queues, event);

@@ -392,7 +392,9 @@ impl RequestQueue {
     /// Marks, or ends, what was taken and has not begun.
     fn sweep_taken(&mut self, ring: &mut Ring, sweep: &Sweep) {
         for chain in std::mem::take(&mut self.taken) {
-            let selected = ring.header(&chain.header).is_some_and(|header| {
+            let about = chain.again || !sweep.is_fence();
+            let header = if about { ring.header(&chain.header) } else { None };
+            let selected = header.is_some_and(|header| {
                 let disk = self.target.resolve(&header.lun).disk().map(|lun| lun.index());
                 disk.is_some_and(|disk| sweep.selects(disk, header.tag.get()))
             });
@@ -578,7 +580,9 @@ impl Service for RequestQueue {
             self.sweep_later(ring);
         }
         self.sweep_taken(ring, sweep);
-        self.sweep_begun(ring, sweep);
+        if !sweep.is_fence() {
+            self.sweep_begun(ring, sweep);
+        }
     }
 
     #[cold]
