@@ -7,9 +7,10 @@ mod frontend;
 use frontend::cdb::FUA;
 use frontend::connection::{CONTROL_QUEUE, FIRST_REQUEST_QUEUE as REQUESTS};
 use frontend::control::tmf_response;
-use frontend::daemon::host_read;
+use frontend::daemon::{host_read, host_write};
 use frontend::queue::Ticket;
 use frontend::scsi::{key, response, status};
+use frontend::third_party as lists;
 use frontend::*;
 
 const BLOCK: usize = 512;
@@ -237,6 +238,23 @@ fn what_erases_a_disk_is_not_followed_by_what_was_in_flight_before() {
     }
 }
 
+/// What is in flight when a sanitize operation is begun ends before its first block changes; the daemon dies before that.
+#[test]
+fn what_was_in_flight_when_a_disk_was_erased_is_not_done_again_afterwards() {
+    let mut pair = Pair::new(&format!("fault=write:{FOR_EVER}"));
+    let left = pair.leave();
+    pair.a.lun(0, 0).on_queue(REQUESTS + 1).run(cdb::sanitize(0x82, 0)).expect_good();
+    pair.crash("");
+    pair.a.reconnect_without_enabling(&pair.daemon);
+    pair.a.enable_queue(CONTROL_QUEUE, true);
+    eventually("the end of it", || pair.daemon.log().contains("is done"));
+    pair.enable();
+    assert_ended(&pair.a.wait(left.write), ABORTED, "the write");
+    assert_ended(&pair.a.wait(left.read), ABORTED, "the read");
+    assert_eq!(pair.first_block(), 0);
+    pair.assert_well();
+}
+
 /// A fence is for the commands that it was about, on its disk, and for nothing that comes later.
 #[test]
 fn a_fence_is_gone_when_it_has_served() {
@@ -294,6 +312,169 @@ fn a_reset_reaches_what_a_broken_connection_has_left() {
     assert_ended(&pair.a.wait(write), RESET, "the write");
     assert_eq!(lun.read16(0, 8), filled(2));
     pair.assert_well();
+}
+
+// ----- without a fence ------------------------------------------------------------------------
+
+/// A guest takes a lock that another one's unanswered write has left.
+fn takes_the_lock(lun: &Lun<'_>) {
+    assert_eq!(lun.read16(0, 8), filled(1));
+    let data = [filled(1), filled(2)].concat();
+    lun.run_out(cdb::compare_and_write(0, 8), &data).expect_good();
+}
+
+#[test]
+fn a_write_is_not_done_again_over_what_another_has_written_since() {
+    // Its data is on the medium, and it waits for the flush.
+    let mut pair = Pair::new(&format!("fault=flush:{FOR_EVER}"));
+    let left = pair.leave();
+    assert_eq!(pair.first_block(), 1);
+    pair.crash("");
+    let b = pair.b();
+    takes_the_lock(&b.lun(0, 0));
+    b.lun(0, 0).synchronize_cache();
+    pair.back();
+    assert_ended(&pair.a.wait(left.write), ABORTED, "the write");
+    pair.a.wait(left.read).expect_good();
+    assert_eq!(b.lun(0, 0).read16(0, 8), filled(2), "the lock");
+    pair.assert_well();
+}
+
+/// The other one was there before the daemon died.
+#[test]
+fn a_write_is_not_done_again_over_what_another_has_written_before_the_end() {
+    for first in [true, false] {
+        let mut pair = Pair::new(&format!("fault=flush:{FOR_EVER}*1"));
+        let b = pair.b();
+        if !first {
+            b.lun(0, 0).write16(1024, &filled(9));
+        }
+        let left = pair.leave();
+        assert_eq!(b.lun(0, 0).read16(0, 8), filled(1));
+        b.lun(0, 0).write16(0, &filled(2));
+        b.hang_up();
+        pair.crash("");
+        pair.back();
+        assert_ended(&pair.a.wait(left.write), ABORTED, "the write");
+        pair.a.wait(left.read).expect_good();
+        assert_eq!(pair.first_block(), 2);
+        pair.assert_well();
+    }
+}
+
+/// A second daemon has died before the guest was served.
+#[test]
+fn what_another_did_is_known_to_the_daemon_after_the_next() {
+    for (reset, place, before) in [
+        (true, Where::Told, true),
+        (false, Where::Told, true),
+        (false, Where::AwayAgain, true),
+        (false, Where::Told, false),
+    ] {
+        let mut pair = Pair::new(&format!("fault=flush:{FOR_EVER}"));
+        let left = pair.leave();
+        pair.crash("");
+        let b = pair.b();
+        if before {
+            pair.go(place);
+        }
+        let lun = b.lun(0, 0);
+        match reset {
+            true => {
+                let code = b.tmf(Tmf::LogicalUnitReset, lun.address, 0);
+                assert_eq!(code, response::FUNCTION_COMPLETE);
+            }
+            false => takes_the_lock(&lun),
+        }
+        if !before {
+            pair.go(place);
+        }
+        b.hang_up();
+        let found = pair.first_block();
+        host_write(&pair.scratch.join("0.img"), 0, &[found + 4]);
+        pair.crash("");
+        pair.back();
+        assert_ended(&pair.a.wait(left.write), ABORTED, "the write");
+        pair.a.wait(left.read).expect_good();
+        assert_eq!(pair.first_block(), found + 4);
+        pair.assert_well();
+    }
+}
+
+/// What another guest has not changed is as its own.
+#[test]
+fn a_write_is_done_again_where_nobody_else_has_written() {
+    let mut pair = Pair::new(&format!("fault=write:{FOR_EVER}"));
+    let b = pair.b();
+    b.lun(0, 0).read16(0, 8);
+    b.lun(0, 1).write16(0, &filled(2));
+    let left = pair.leave();
+    pair.crash("");
+    let b = pair.b();
+    b.lun(0, 0).read16(0, 8);
+    b.lun(0, 1).write16(0, &filled(2));
+    pair.back();
+    pair.a.wait(left.write).expect_good();
+    pair.a.wait(left.read).expect_good();
+    assert_eq!(pair.first_block(), 1);
+}
+
+/// A guest that has been alone again for long enough is as one that always was: what it left when it was not has been
+/// answered.
+#[test]
+fn what_another_did_is_forgotten_when_it_has_served() {
+    let mut pair = Pair::new(&format!("fault=flush:{FOR_EVER}"));
+    let left = pair.leave();
+    pair.b().lun(0, 0).write16(1024, &filled(9));
+    pair.crash(&format!("fault=write:{FOR_EVER}"));
+    pair.back();
+    assert_ended(&pair.a.wait(left.write), ABORTED, "the write");
+    pair.a.wait(left.read).expect_good();
+    pair.a.lun(0, 0).clear_unit_attentions();
+    let left = pair.leave();
+    pair.crash("");
+    pair.back();
+    pair.a.wait(left.write).expect_good();
+    pair.a.wait(left.read).expect_good();
+}
+
+/// A copy writes to another disk than the one that was asked.
+#[test]
+fn a_write_is_not_done_again_over_what_another_has_copied() {
+    let mut pair = Pair::new(&format!("fault=write:{FOR_EVER}"));
+    let left = pair.leave();
+    pair.crash("");
+    let b = pair.b();
+    let (to, from) = (b.lun(0, 0), b.lun(0, 1));
+    from.write16(0, &filled(2));
+    let cscds = [lists::cscd(&to, 0), lists::cscd(&from, 0)];
+    let segment = lists::blocks((1, 0), (0, 0), 8, false);
+    lists::xcopy_lid4(&from, &lists::list_lid4(9, false, &cscds, &[segment])).expect_good();
+    pair.back();
+    assert_ended(&pair.a.wait(left.write), ABORTED, "the write");
+    assert_eq!(to.read16(0, 8), filled(2));
+}
+
+/// While a write is done again, what it has done before may be seen; nobody changes the disk in between.
+#[test]
+fn others_wait_while_a_write_is_done_again() {
+    let mut pair = Pair::new(&format!("fault=flush:{FOR_EVER}"));
+    let left = pair.leave();
+    pair.crash("fault=write:delay-ms-2000*1");
+    pair.back();
+    let b = pair.b();
+    let lun = b.lun(0, 0);
+    assert_eq!(lun.read16(0, 8), filled(1));
+    // What changes no blocks need not wait.
+    reserve_out(&lun, REGISTER, 0, 0, 0xb).expect_good();
+    eventually("the other's write", || {
+        let answer = lun.run_out(cdb::write16(0, 8), &filled(2));
+        assert!(answer.is_good() || answer.status == status::BUSY, "{answer:?}");
+        answer.is_good()
+    });
+    pair.a.wait(left.write).expect_good();
+    pair.a.wait(left.read).expect_good();
+    assert_eq!(lun.read16(0, 8), filled(2));
 }
 
 /// A function of the guest itself waits for rings that are starting, and ends what lies in them whatever becomes of the

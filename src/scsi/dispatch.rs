@@ -116,8 +116,9 @@ fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command
         lun.background().check_known()?;
     }
     lun.reservations().check(nexus.port(), command.conflict, &request.cdb)?;
-    if request.again && command.once {
-        // Nobody can tell what became of it; the initiator has to look.
+    let overtaken = || request.overtaken || lun.sharing().is_changed_by_others(nexus.port());
+    if request.again && (command.once || command.changes() && overtaken()) {
+        // Nobody can tell what became of it, or what others have made of that; the initiator has to look.
         return Err(ScsiError::Aborted);
     }
     command.check_reserved_bits(&request.cdb, Some(lun))?;
@@ -127,6 +128,9 @@ fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command
     }
     if command.access == Access::Write {
         lun.check_writable()?;
+    }
+    if command.changes() {
+        lun.change(nexus.port(), command.access == Access::Write)?;
     }
     Ok(command)
 }

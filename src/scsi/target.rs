@@ -48,6 +48,10 @@ pub trait Tasks: Send + Sync {
     /// The contents of a disk are about to change as a whole: what queues that do not run have in flight is not done
     /// again when they do.
     fn fence(&self, disk: usize);
+
+    /// The initiator behind a port changes a disk: what others have in flight must not be done again over that, not even
+    /// by another process.
+    fn note_change(&self, port: Port, disk: usize);
 }
 
 /// Logical units of target 0 that are found at once.
@@ -138,6 +142,7 @@ impl Target {
 
     /// Tells it, once, who knows the commands in flight.
     pub fn set_tasks(&self, tasks: Weak<dyn Tasks>) {
+        self.disks.iter().for_each(|disk| disk.sharing().set_tasks(Weak::clone(&tasks)));
         let _ = self.tasks.set(tasks);
     }
 

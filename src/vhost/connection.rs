@@ -612,7 +612,9 @@ impl VhostUserBackendReqHandlerMut for Connection {
     fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
         let (queues, size) = (usize::from(given.num_queues), given.queue_size);
         let region = inflight::Region::map(file, given.mmap_offset, given.mmap_size, queues, size);
-        self.inflight = Some(region.map_err(refused)?);
+        let region = region.map_err(refused)?;
+        self.device.connections.note_inflight(self.nexus.port(), &region, &self.device.target);
+        self.inflight = Some(region);
         Ok(())
     }
 

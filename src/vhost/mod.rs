@@ -27,9 +27,9 @@ use std::fmt::Display;
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use vhost::vhost_user::Error;
@@ -59,20 +59,54 @@ pub struct Offer {
 }
 
 /// The queues of all ports, whether or not there is a connection by them now.
-struct Connections(Vec<(Port, Arc<Queues>)>);
+struct Connections {
+    lines: Vec<Line>,
+    /// By disk, where it is noted in flight who changes it.
+    places: Vec<usize>,
+}
+
+/// A port.
+struct Line {
+    port: Port,
+    queues: Arc<Queues>,
+    /// Where its requests in flight were last noted.
+    inflight: Mutex<Option<inflight::Region>>,
+}
+
+impl Line {
+    fn inflight(&self) -> MutexGuard<'_, Option<inflight::Region>> {
+        self.inflight.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Connections {
     fn new(target: &Target, queues: usize) -> Self {
-        let of_port = |port| (port, Arc::new(Queues::new(queues)));
-        Connections(target.ports().map(of_port).collect())
+        let line =
+            |port| Line { port, queues: Arc::new(Queues::new(queues)), inflight: Mutex::default() };
+        let places = target.disks().iter().map(|disk| inflight::place(disk)).collect();
+        Connections { lines: target.ports().map(line).collect(), places }
     }
 
     fn all(&self) -> impl Iterator<Item = (Port, &Arc<Queues>)> {
-        self.0.iter().map(|(port, queues)| (*port, queues))
+        self.lines.iter().map(|line| (line.port, &line.queues))
     }
 
-    fn of(&self, port: Port) -> Option<&Arc<Queues>> {
-        self.0.iter().find(|(of, _)| *of == port).map(|(_, queues)| queues)
+    fn of(&self, port: Port) -> Option<&Line> {
+        self.lines.iter().find(|line| line.port == port)
+    }
+
+    /// The requests in flight of a port are noted there from now on.
+    fn note_inflight(&self, port: Port, region: &inflight::Region, target: &Target) {
+        region.begin_changes();
+        if let Some(line) = self.of(port) {
+            *line.inflight() = Some(region.clone());
+        }
+        // Only now, so that nobody is missed who has just begun.
+        for (disk, place) in target.disks().iter().zip(&self.places) {
+            if disk.sharing().is_changed_by_others(port) {
+                region.note_change(*place);
+            }
+        }
     }
 
     /// Sweeps the queues of all other connections than `own`, for a reset.
@@ -106,6 +140,15 @@ impl Tasks for Connections {
         let how = Some(Ended::As(wire::Response::Aborted));
         let sweep = Sweep::new(None, vec![disk], None, how, Report::Nobody);
         self.all().for_each(|(_, queues)| queues.fence(&sweep));
+    }
+
+    fn note_change(&self, port: Port, disk: usize) {
+        let Some(place) = self.places.get(disk) else { return };
+        for line in self.lines.iter().filter(|line| line.port != port) {
+            if let Some(region) = &*line.inflight() {
+                region.note_change(*place);
+            }
+        }
     }
 }
 
@@ -142,7 +185,7 @@ impl Device {
     /// Serves one connection by a port, which has no other, until the front end goes away or
     /// [`UnixStream::shutdown`] is called for reading on `stream`. When it returns, nothing is in flight and the guest's memory is unmapped.
     pub fn serve(self: &Arc<Self>, port: Port, stream: &UnixStream) {
-        let Some(queues) = self.connections.of(port) else { return };
+        let Some(Line { queues, .. }) = self.connections.of(port) else { return };
         let mut connection = Connection::new(Arc::clone(self), port, Arc::clone(queues));
         let end = messages::serve(stream, &mut connection);
         let gone =

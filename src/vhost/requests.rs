@@ -9,6 +9,7 @@ use nix::sys::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
 use super::guest_buf::{CommandChain, Part};
+use super::inflight;
 use super::message::{Message, Sweep, keep_unreported};
 use super::order::{Attribute, Order};
 use super::ring::Ring;
@@ -16,7 +17,8 @@ use super::wire::{CommandResponse, Ended, Response};
 use super::worker::{Abandoned, CallResult, HostCall, Service, Step};
 use crate::scsi::background::Tolerance;
 use crate::scsi::{
-    self, Cdb, Delivery, Lun, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer, Work,
+    self, Cdb, Delivery, Lun, Nexus, Outcome, Plan, Redone, Request, ScsiError, Target, Transfer,
+    Work,
 };
 use crate::store::engine::uring::UringEngine;
 use crate::store::engine::{Completion, Engine, EngineKind, Finished, Token};
@@ -35,6 +37,8 @@ struct Received {
     tag: u64,
     response: Part,
     data: DataPhase,
+    /// It changes a disk, and is done again.
+    redone: Option<Box<Redone>>,
 }
 
 /// The data buffers of a command.
@@ -219,8 +223,9 @@ impl RequestQueue {
             return None;
         }
         let data = DataPhase { len, to_driver: !data_in.is_empty() };
-        let received = Received { head, tag: header.tag.get(), response, data };
-        let request = Request { cdb: Cdb(header.cdb), data_out, data_in, again };
+        let received = Received { head, tag: header.tag.get(), response, data, redone: None };
+        let cdb = Cdb(header.cdb);
+        let request = Request { cdb, data_out, data_in, again, overtaken: false };
         let attribute = Attribute::parse(header.task_attribute);
         if attribute != Attribute::Simple || !self.order.is_free() {
             self.begin_in_order(ring, &header.lun, attribute, received, request);
@@ -237,12 +242,18 @@ impl RequestQueue {
         &mut self,
         ring: &mut Ring,
         lun: &[u8; 8],
-        received: Received,
-        request: Request,
+        mut received: Received,
+        mut request: Request,
         may_call: bool,
     ) -> Begun {
         let RequestQueue { target, nexus, flights, .. } = self;
         let address = target.resolve(lun);
+        if let (true, Some(lun)) = (request.again, address.disk()) {
+            received.redone = Redone::of(lun, nexus.port(), &request.cdb);
+            let noted = ring.was_changed_by_others(inflight::place(lun));
+            // Who has kept no such notes may not have been alone.
+            request.overtaken = noted.unwrap_or_else(|| target.ports().count() > 1);
+        }
         let plan = scsi::execute(target, nexus, &address, request);
         let outcome = match (plan, address.disk()) {
             (Plan::Done(outcome), _) => outcome,

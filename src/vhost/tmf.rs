@@ -203,6 +203,7 @@ impl ControlQueue {
         // A reset ends everybody's commands; all else is about those of this initiator: each has a task set
         // of its own (TST 001b).
         if pending.function == Function::LogicalUnitReset {
+            pending.disks.iter().for_each(|disk| disk.note_change(owner));
             self.connections.sweep_for_reset(&self.queues, &sweep);
         }
         let waiter: Waiter = Arc::<Sweep>::clone(&sweep);
