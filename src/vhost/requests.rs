@@ -491,7 +491,7 @@ impl RequestQueue {
 
 impl Service for RequestQueue {
     fn advance(&mut self, ring: &mut Ring, take: bool) -> Step {
-        if take && !self.later.is_empty() && !ring.is_away() {
+        if take && !self.later.is_empty() && !self.leaves && !ring.is_away() {
             self.sweep_later(ring);
         }
         loop {
@@ -580,7 +580,10 @@ impl Service for RequestQueue {
         }
         // What the driver handed over before the function counts as received before it. A ring's worth: a driver that
         // adds more meanwhile adds it after the function.
-        if take && ring.is_away() {
+        if self.leaves {
+            // It is about what was left without an answer, too, which nobody will look at before the ring starts again.
+            keep_unreported(&mut self.later, sweep);
+        } else if take && ring.is_away() {
             // Nobody can tell when its memory is back. The front end's own guest may wait for that, no other.
             match sweep.is_of(self.nexus.port()) {
                 true => self.later.push(Arc::clone(sweep)),
