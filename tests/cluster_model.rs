@@ -534,6 +534,49 @@ impl World {
         self.give_function(guest, lun, function, 0);
     }
 
+    /// A guest is not back yet, and the others go on.
+    fn while_away(&mut self, late: usize) {
+        self.event(format!("guest {late} is late"));
+        let here = |w: &Self| w.out.values().all(|one| one.guest == late);
+        self.await_answers("all answers of those who are there", here);
+        let (by, lun) = loop {
+            let by = self.guest();
+            if by != late {
+                break (by, self.disk());
+            }
+        };
+        let disk = &self.disks[lun];
+        if disk.changing || disk.reserved.iter().any(|state| state.basic.is_some()) {
+            return;
+        }
+        self.ask(by, lun, cdb::test_unit_ready(), 0);
+        if self.rng.one_in(2) {
+            self.disks[lun].changing = true;
+            self.give_function(by, lun, Tmf::LogicalUnitReset, 0);
+            self.await_answers("a reset", here);
+            self.over_while_away(late, lun, true);
+            self.ask(by, lun, cdb::test_unit_ready(), 0);
+        }
+        let theirs = self.out.values().filter(|one| one.guest == late);
+        let theirs: Vec<Area> = theirs.flat_map(|one| self.model.written_by(one.id)).collect();
+        // The first may be beside what was in flight; what it has changed, others do not change back.
+        for area in [&theirs[..], &theirs[..]].concat() {
+            if area.disk != lun || area.blocks > 256 {
+                continue;
+            }
+            let done = |w: &Self| {
+                let writes = w.counts.iter().filter(|((name, _), _)| name.starts_with("WRITE"));
+                writes.filter(|((_, how), _)| *how == "good").map(|(_, n)| n).sum::<u32>()
+            };
+            let before = done(self);
+            self.transfer(by, A::Write, area);
+            self.await_answers("a write", here);
+            if done(self) > before {
+                self.over_while_away(late, lun, false);
+            }
+        }
+    }
+
     /// What has to be done between steps.
     fn tend(&mut self) {
         self.collect();

@@ -73,6 +73,7 @@ impl Bench {
             data_out: Buffers::copy_of(out).expect("memory"),
             data_in: data_in.clone(),
             again: who & 32 != 0,
+            overtaken: who & 64 != 0,
         };
         let address = match who >> 2 & 3 {
             0..=2 => Addressed::Disk(lun),

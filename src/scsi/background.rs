@@ -441,6 +441,10 @@ fn resume(lun: &Arc<Lun>) {
     }
     log::info!("{serial}: {} goes on", work.name());
     background.become_state(State::Running(work.clone()));
+    // What was in flight when it began, and was not answered, is of before it.
+    if let Some(tasks) = lun.sharing().tasks() {
+        tasks.fence(lun.index());
+    }
     let on = Arc::clone(lun);
     let prepare = move |operation: &mut Operation| {
         // It died before it had one.

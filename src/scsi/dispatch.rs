@@ -7,7 +7,7 @@ use super::attention::Nexus;
 use super::cmd::{self, Access, Command, Context, Missing, NeedyFn, Reply};
 use super::lun::Lun;
 use super::provisioning;
-use super::sense::ScsiError;
+use super::sense::{Key, ScsiError, Sense, asc};
 use super::target::{Addressed, Target};
 use super::{Delivery, Outcome, Plan, Request, Transfer, Work};
 use crate::store::engine::ending::Ended;
@@ -122,9 +122,15 @@ fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command
         lun.background().check_known()?;
     }
     lun.reservations().check(nexus.port(), command.conflict, &request.cdb)?;
+    let overtaken = || request.overtaken || lun.sharing().is_changed_by_others(nexus.port());
     if request.again && command.once {
         // Nobody can tell what became of it; the initiator has to look.
         return Err(ScsiError::Aborted);
+    }
+    if request.again && command.changes() && overtaken() {
+        // Nor what others have made of that. Initiators give such a command again by themselves, and then know that they do.
+        let sense = Sense::new(Key::AbortedCommand, asc::IO_PROCESS_TERMINATED);
+        return Err(ScsiError::Check(sense));
     }
     command.check_reserved_bits(&request.cdb, Some(lun))?;
     lun.background().check(command.tolerance())?;
@@ -133,6 +139,9 @@ fn check(nexus: &Nexus, lun: &Lun, request: &Request) -> Result<&'static Command
     }
     if command.access == Access::Write {
         lun.check_writable()?;
+    }
+    if command.changes() {
+        lun.change(nexus.port(), command.access == Access::Write)?;
     }
     Ok(command)
 }

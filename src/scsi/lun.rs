@@ -14,6 +14,7 @@ use super::mode_pages::Pages;
 use super::provisioning::SpaceWatch;
 use super::reservations::Reservations;
 use super::sense::{About, Key, ScsiError, Sense, asc};
+use super::sharing::Sharing;
 use super::statistics::{Activity, Statistics};
 use crate::store::{Capabilities, Durability, Exclusion, Host, Store, StoreError, WriteBack};
 
@@ -76,6 +77,7 @@ pub struct Lun {
     pages: Pages,
     background: Background,
     reservations: Reservations,
+    sharing: Sharing,
     statistics: Statistics,
     scratch: Mutex<Scratch>,
     clock: Mutex<Clock>,
@@ -137,6 +139,7 @@ impl Lun {
             pages,
             background: Background::idle(),
             reservations,
+            sharing: Sharing::default(),
             statistics: Statistics::new(),
             scratch: Mutex::default(),
             clock: Mutex::default(),
@@ -211,6 +214,11 @@ impl Lun {
     /// Who has reserved it.
     pub fn reservations(&self) -> &Reservations {
         &self.reservations
+    }
+
+    /// Who has changed it.
+    pub fn sharing(&self) -> &Sharing {
+        &self.sharing
     }
 
     /// What it has counted.

@@ -15,6 +15,7 @@ pub mod mode_pages;
 pub mod provisioning;
 pub mod reservations;
 pub mod sense;
+pub mod sharing;
 pub mod statistics;
 pub mod target;
 pub mod wire;
@@ -29,6 +30,7 @@ pub use attention::{Nexus, Port, UnitAttention};
 pub use dispatch::execute;
 pub use lun::{DetectZeroes, Lun, LunSettings};
 pub use sense::ScsiError;
+pub use sharing::Redone;
 use statistics::Activity;
 pub use target::{Addressed, Target, Tasks};
 pub use wire::Cdb;
@@ -44,6 +46,8 @@ pub struct Request {
     pub data_in: Buffers,
     /// It was given to a daemon that has ended without an answer: it may have been done, all of it or in part.
     pub again: bool,
+    /// Others have changed the disk since, as far as was noted when that daemon served it.
+    pub overtaken: bool,
 }
 
 /// What has to happen for a command to end.

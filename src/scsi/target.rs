@@ -44,6 +44,14 @@ pub trait Tasks: Send + Sync {
     /// Has the commands end that are under way at the medium of a disk, whose ever they are: early where they can. Each holds
     /// `ending` until it has ended.
     fn clear(&self, disk: usize, ending: Arc<Ending>);
+
+    /// The contents of a disk are about to change as a whole: what queues that do not run have in flight is not done
+    /// again when they do.
+    fn fence(&self, disk: usize);
+
+    /// The initiator behind a port changes a disk: what others have in flight must not be done again over that, not even
+    /// by another process.
+    fn note_change(&self, port: Port, disk: usize);
 }
 
 /// Logical units of target 0 that are found at once.
@@ -134,6 +142,7 @@ impl Target {
 
     /// Tells it, once, who knows the commands in flight.
     pub fn set_tasks(&self, tasks: Weak<dyn Tasks>) {
+        self.disks.iter().for_each(|disk| disk.sharing().set_tasks(Weak::clone(&tasks)));
         let _ = self.tasks.set(tasks);
     }
 

@@ -119,8 +119,8 @@ pub(super) struct Connection {
 
 impl Connection {
     /// A connection on which nothing was said yet.
-    pub(super) fn new(device: Arc<Device>, port: Port) -> Self {
-        let queues = FIXED_QUEUES + device.offer.request_queues;
+    pub(super) fn new(device: Arc<Device>, port: Port, queues: Arc<Queues>) -> Self {
+        let rings = FIXED_QUEUES + device.offer.request_queues;
         Connection {
             nexus: device.target.connect(port),
             device,
@@ -130,8 +130,8 @@ impl Connection {
             memory: Arc::default(),
             inflight: None,
             log: None,
-            rings: (0..queues).map(|_| RingState::default()).collect(),
-            queues: Arc::new(Queues::new(queues)),
+            rings: (0..rings).map(|_| RingState::default()).collect(),
+            queues,
         }
     }
 
@@ -606,7 +606,9 @@ impl VhostUserBackendReqHandlerMut for Connection {
     fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
         let (queues, size) = (usize::from(given.num_queues), given.queue_size);
         let region = inflight::Region::map(file, given.mmap_offset, given.mmap_size, queues, size);
-        self.inflight = Some(region.map_err(refused)?);
+        let region = region.map_err(refused)?;
+        self.device.connections.note_inflight(self.nexus.port(), &region, &self.device.target);
+        self.inflight = Some(region);
         Ok(())
     }
 

@@ -14,6 +14,7 @@ use vm_memory::{AtomicInteger, MmapRegion, VolatileMemory};
 
 use super::memory;
 use super::ring::MAX_QUEUE_SIZE;
+use crate::scsi::Lun;
 
 /// `QueueRegionSplit`: features, version, desc_num, last_batch_head, used_idx.
 mod header {
@@ -32,6 +33,23 @@ mod state {
     pub(super) const SIZE: usize = 16;
 }
 
+/// What this program keeps behind the parts of all queues, for each of them: the disks that others had changed before the
+/// requests were taken that were left in flight, or since, and those that they have changed since this daemon serves the
+/// ring. One bit a disk, by its place.
+mod changes {
+    pub(super) const BEFORE: usize = 0;
+    pub(super) const NOW: usize = 64;
+    pub(super) const WORDS: usize = 8;
+    pub(super) const SIZE: usize = 128;
+}
+
+/// The place of a disk in these notes. Where there are very many, some share one; it is the same whatever other disks there
+/// are.
+pub(super) fn place(lun: &Lun) -> usize {
+    let settings = lun.settings();
+    (usize::from(settings.target) + usize::from(settings.lun.get())) % (changes::WORDS * 64)
+}
+
 /// The only version there is.
 const VERSION: u16 = 1;
 
@@ -47,12 +65,13 @@ pub(super) struct Region {
     memory: Arc<MmapRegion<()>>,
     queues: usize,
     queue_size: u16,
+    keeps_changes: bool,
 }
 
 impl Region {
     /// How many bytes so many queues take.
     pub(super) fn len(queues: usize, queue_size: u16) -> usize {
-        queues * Self::stride(queue_size)
+        queues * (Self::stride(queue_size) + changes::SIZE)
     }
 
     fn stride(queue_size: u16) -> usize {
@@ -80,11 +99,13 @@ impl Region {
         queues: usize,
         queue_size: u16,
     ) -> io::Result<Self> {
-        if queue_size > MAX_QUEUE_SIZE || size < Self::len(queues, queue_size) as u64 {
+        if queue_size > MAX_QUEUE_SIZE || size < (queues * Self::stride(queue_size)) as u64 {
             return Err(io::Error::other("in-flight region of a wrong size"));
         }
         let memory = Arc::new(memory::map(file, offset, size)?);
-        Ok(Region { memory, queues, queue_size })
+        // Another program may have made it, with what the protocol asks for.
+        let keeps_changes = size >= Self::len(queues, queue_size) as u64;
+        Ok(Region { memory, queues, queue_size, keeps_changes })
     }
 
     /// The part of one queue; `None` if there is none for it, or it is too short.
@@ -93,10 +114,47 @@ impl Region {
             memory: Arc::clone(&self.memory),
             queue: index,
             start: index * Self::stride(self.queue_size),
+            changes: self.changes(index),
             size: self.queue_size,
             counter: 0,
             batch: Vec::new(),
+            again: Vec::new(),
         })
+    }
+
+    /// Where the disks that others change are noted for a queue.
+    fn changes(&self, index: usize) -> Option<usize> {
+        let start = self.queues * Self::stride(self.queue_size) + index * changes::SIZE;
+        self.keeps_changes.then_some(start)
+    }
+
+    fn all_changes(&self) -> impl Iterator<Item = usize> {
+        (0..self.queues).filter_map(|index| self.changes(index))
+    }
+
+    /// This daemon begins to serve the rings: what has been noted by now is of before.
+    pub(super) fn begin_changes(&self) {
+        for start in self.all_changes() {
+            for word in (0..changes::WORDS).map(|word| start + 8 * word) {
+                let (now, before) = (word + changes::NOW, word + changes::BEFORE);
+                let noted = word_at(&self.memory, now).map_or(0, |now| now.load(Ordering::SeqCst));
+                if let Some(before) = word_at(&self.memory, before) {
+                    before.fetch_or(noted, Ordering::SeqCst);
+                }
+                if let Some(now) = word_at(&self.memory, now) {
+                    now.store(0, Ordering::SeqCst);
+                }
+            }
+        }
+    }
+
+    /// Others change a disk.
+    pub(super) fn note_change(&self, place: usize) {
+        for start in self.all_changes() {
+            if let Some(word) = word_at(&self.memory, start + changes::NOW + place / 64 * 8) {
+                word.fetch_or(1 << (place % 64), Ordering::SeqCst);
+            }
+        }
     }
 
     /// Forgets all requests: the driver that gave them has reset the device.
@@ -107,17 +165,25 @@ impl Region {
     }
 }
 
+fn word_at(memory: &MmapRegion<()>, offset: usize) -> Option<&AtomicU64> {
+    memory.get_atomic_ref(offset).ok()
+}
+
 /// One queue's requests in flight.
 #[derive(Debug)]
 pub(super) struct Inflight {
     memory: Arc<MmapRegion<()>>,
     queue: usize,
     start: usize,
+    /// Where it is noted which disks others change.
+    changes: Option<usize>,
     size: u16,
     /// Orders the requests.
     counter: u64,
     /// Chains that are in the used ring and not shown yet.
     batch: Vec<u16>,
+    /// Chains that were left in flight, and are not answered yet.
+    again: Vec<u16>,
 }
 
 impl Inflight {
@@ -162,7 +228,11 @@ impl Inflight {
             self.counter += 1;
         }
         self.set_header(header::USED_IDX, used);
-        Some(left.into_iter().map(|(_, head)| head).collect())
+        self.again = left.into_iter().map(|(_, head)| head).collect();
+        if self.again.is_empty() {
+            self.forget_changes();
+        }
+        Some(self.again.clone())
     }
 
     /// Nothing was ever answered, so that the index stays where it was and what was taken from a new ring are the first
@@ -182,6 +252,7 @@ impl Inflight {
     /// Fresh memory.
     fn begin(&mut self, used: u16) {
         self.counter = 0;
+        self.forget_changes();
         self.set_header(header::VERSION, 0);
         compiler_fence(Ordering::SeqCst);
         (0..self.size).for_each(|head| self.set_in_flight(head, false));
@@ -223,11 +294,35 @@ impl Inflight {
     /// process that is killed leaves them in this order on every processor.
     pub(super) fn shown(&mut self, used: u16) {
         compiler_fence(Ordering::SeqCst);
-        for head in std::mem::take(&mut self.batch) {
-            self.set_in_flight(head, false);
+        let batch = std::mem::take(&mut self.batch);
+        for head in &batch {
+            self.set_in_flight(*head, false);
         }
         compiler_fence(Ordering::SeqCst);
         self.set_header(header::USED_IDX, used);
+        if !self.again.is_empty() {
+            self.again.retain(|head| !batch.contains(head));
+            if self.again.is_empty() {
+                self.forget_changes();
+            }
+        }
+    }
+
+    /// Whether others have changed a disk before a request was taken that was left in flight, or since; `None` if nobody
+    /// has kept that.
+    pub(super) fn was_changed_by_others(&self, place: usize) -> Option<bool> {
+        let word = self.changes? + changes::BEFORE + place / 64 * 8;
+        Some(word_at(&self.memory, word)?.load(Ordering::SeqCst) >> (place % 64) & 1 != 0)
+    }
+
+    /// What others did before is of no interest: nothing is left in flight that was taken then.
+    fn forget_changes(&self) {
+        let words = self.changes.into_iter().flat_map(|start| {
+            (0..changes::WORDS).map(move |word| start + changes::BEFORE + 8 * word)
+        });
+        for word in words.filter_map(|at| word_at(&self.memory, at)) {
+            word.store(0, Ordering::SeqCst);
+        }
     }
 
     fn is_in_flight(&self, head: u16) -> bool {
@@ -451,6 +546,54 @@ mod tests {
         let smaller = Region::map(file, 0, size, 1, 4).unwrap();
         assert_eq!(smaller.queue(0, 4).unwrap().recover(7, &ALL), None);
         assert_eq!(smaller.queue(0, 4).unwrap().recover(7, &ALL), Some(vec![]));
+    }
+
+    /// What others change is of interest until what was left in flight then has been answered, queue by queue.
+    #[test]
+    fn what_others_change_is_known_as_long_as_requests_are_left_of_then() {
+        let region = region();
+        let serve = |index: usize, used: u16| {
+            let mut queue = region.queue(index, 8).unwrap();
+            queue.recover(used, &ALL);
+            queue
+        };
+        let (mut busy, idle) = (serve(0, 100), serve(1, 100));
+        busy.take(3);
+        region.note_change(77);
+        let changed = |queue: &Inflight| [76, 77, 141].map(|at| queue.was_changed_by_others(at));
+        let (none, one) = ([Some(false); 3], [Some(false), Some(true), Some(false)]);
+        assert_eq!(changed(&busy), none, "it has not been left yet");
+        drop((busy, idle));
+        for _ in 0..3 {
+            // Whoever ends without an answer leaves it as it was.
+            region.begin_changes();
+            assert_eq!([changed(&serve(0, 100)), changed(&serve(1, 100))], [one, none]);
+        }
+        let mut queue = serve(0, 100);
+        queue.take(5);
+        queue.give(5);
+        queue.shown(101);
+        assert_eq!(changed(&queue), one);
+        queue.give(3);
+        queue.shown(102);
+        assert_eq!(changed(&queue), none);
+        region.note_change(141);
+        region.clear();
+        region.begin_changes();
+        assert_eq!(changed(&serve(0, 102)), none, "after a reset of the device");
+    }
+
+    #[test]
+    fn other_programs_keep_no_changes() {
+        let size = (3 * Region::stride(8)) as u64;
+        let file = Region::create(3, 8).unwrap();
+        file.set_len(size).unwrap();
+        let region = Region::map(file, 0, size, 3, 8).unwrap();
+        region.begin_changes();
+        region.note_change(1);
+        let mut queue = region.queue(2, 8).unwrap();
+        assert_eq!(queue.recover(0, &[]), None);
+        assert_eq!(queue.was_changed_by_others(1), None);
     }
 
     #[test]

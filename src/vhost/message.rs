@@ -1,5 +1,6 @@
 //! What queue threads and connections tell each other.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -92,11 +93,15 @@ impl Mailbox {
     }
 }
 
-/// The queues of one connection, as those see them who have something to say to them.
+/// The queues of one port, as those see them who have something to say to them. They outlast its connections.
 ///
 /// A task management function is answered when every command it is about has ended, and that includes commands that lie
 /// in a ring which does not run yet: a front end that connects again starts the control queue first (SAM-6 7.1, 7.2: a
 /// function is about every command that the task set holds). So a sweep stays with such a ring until it starts.
+///
+/// Of a front end that is away nobody can tell whether it comes, and what it has in flight then. Such commands were in the
+/// task set all the time: they are not done again if a function was about them meanwhile, but end as it has them end (a
+/// fence). New ones were given, as far as anybody can tell, after it.
 #[derive(Debug)]
 pub(super) struct Queues(Mutex<Vec<Queue>>);
 
@@ -109,16 +114,32 @@ enum Queue {
         told: bool,
         /// What it is swept for when it starts.
         sweeps: Vec<Arc<Sweep>>,
+        /// By disk, how that ends which is found in flight in it when it starts.
+        fences: BTreeMap<usize, Ended>,
     },
     /// A thread serves it.
     Running(Mailbox),
 }
 
 impl Queue {
-    const UNTOLD: Self = Queue::Stopped { told: false, sweeps: Vec::new() };
+    const UNTOLD: Self =
+        Queue::Stopped { told: false, sweeps: Vec::new(), fences: BTreeMap::new() };
 
-    fn is_running(&self) -> bool {
-        matches!(self, Queue::Running(_))
+    /// Nothing is known of its ring any more. The sweeps that it has not been told of are fences from now on.
+    fn forget(&mut self) -> Vec<Arc<Sweep>> {
+        let Queue::Stopped { told, sweeps, .. } = self else { return Vec::new() };
+        *told = false;
+        let sweeps = std::mem::take(sweeps);
+        sweeps.iter().for_each(|sweep| self.fence(sweep));
+        sweeps
+    }
+
+    /// What it may have in flight ends as this sweep has it end, if it does not run.
+    fn fence(&mut self, sweep: &Sweep) {
+        if let (Queue::Stopped { fences, .. }, Some(how), None) = (self, sweep.ends_with, sweep.tag)
+        {
+            fences.extend(sweep.disks.iter().map(|disk| (*disk, how)));
+        }
     }
 }
 
@@ -141,18 +162,26 @@ impl Queues {
 
     /// The front end has taken a queue back, which does not run: nobody will serve what lies in it.
     pub(super) fn forget(&self, index: usize) {
-        let old = self.all().get_mut(index).map(|queue| std::mem::replace(queue, Queue::UNTOLD));
+        let old = self.all().get_mut(index).map(Queue::forget);
         // Only now, without the lock: the end of a sweep is a message.
+        drop(old);
+    }
+
+    /// The front end is gone; none of them runs.
+    pub(super) fn hang_up(&self) {
+        let old: Vec<_> = self.all().iter_mut().map(Queue::forget).collect();
         drop(old);
     }
 
     /// A thread is about to serve a queue; what it is to be swept for comes first.
     pub(super) fn start(&self, index: usize, mailbox: &Mailbox) {
         if let Some(queue) = self.all().get_mut(index)
-            && let Queue::Stopped { sweeps, .. } =
+            && let Queue::Stopped { sweeps, fences, .. } =
                 std::mem::replace(queue, Queue::Running(mailbox.clone()))
         {
-            sweeps.into_iter().for_each(|sweep| mailbox.send(Message::Sweep(sweep)));
+            let fences = Sweep::of_fences(&fences).into_iter().map(Arc::new);
+            let sweeps = sweeps.into_iter().chain(fences);
+            sweeps.for_each(|sweep| mailbox.send(Message::Sweep(sweep)));
         }
     }
 
@@ -169,7 +198,7 @@ impl Queues {
         });
         let (mut sweeps, unheard) = (Vec::new(), unheard.into_iter().chain(late));
         unheard.for_each(|sweep| keep_unreported(&mut sweeps, &sweep));
-        *queue = Queue::Stopped { told: true, sweeps };
+        *queue = Queue::Stopped { told: true, sweeps, fences: BTreeMap::new() };
     }
 
     /// The control queue ends: functions that wait for rings which do not run end now. What they are about ends
@@ -199,36 +228,38 @@ impl Queues {
         for queue in self.all().iter_mut().skip(FIXED_QUEUES) {
             match queue {
                 Queue::Running(mailbox) => mailbox.send(Message::Sweep(Arc::clone(sweep))),
-                Queue::Stopped { told: true, sweeps } => sweeps.push(Arc::clone(sweep)),
-                Queue::Stopped { .. } => {}
+                Queue::Stopped { told: true, sweeps, .. } => sweeps.push(Arc::clone(sweep)),
+                Queue::Stopped { .. } => queue.fence(sweep),
             }
         }
     }
 
-    /// Sweeps the request queues that run. What lies in others has not begun, and will be held against what is
-    /// then.
+    /// Sweeps the request queues that run. What lies in others is in flight and ends unbegun; or it is new, and will be
+    /// held against what is then.
     pub(super) fn sweep_running(&self, sweep: &Arc<Sweep>) {
-        for queue in self.all().iter().skip(FIXED_QUEUES) {
-            if let Queue::Running(mailbox) = queue {
-                mailbox.send(Message::Sweep(Arc::clone(sweep)));
-            }
-        }
-    }
-
-    /// Sweeps the request queues for the reset of a disk by another initiator. Where the front end is still starting them,
-    /// what lies in them ends unbegun, and nobody waits for that: whether they ever start is up to the front end.
-    pub(super) fn sweep_for_reset(&self, sweep: &Arc<Sweep>) {
-        let mut all = self.all();
-        let starting = !all.iter().skip(FIXED_QUEUES).any(Queue::is_running);
-        for queue in all.iter_mut().skip(FIXED_QUEUES) {
+        for queue in self.all().iter_mut().skip(FIXED_QUEUES) {
             match queue {
                 Queue::Running(mailbox) => mailbox.send(Message::Sweep(Arc::clone(sweep))),
-                Queue::Stopped { told, sweeps } => {
-                    if *told || starting {
-                        keep_unreported(sweeps, sweep);
-                    }
-                }
+                Queue::Stopped { .. } => queue.fence(sweep),
             }
+        }
+    }
+
+    /// What is in flight in request queues that do not run ends as this sweep has it end.
+    pub(super) fn fence(&self, sweep: &Sweep) {
+        self.all().iter_mut().skip(FIXED_QUEUES).for_each(|queue| queue.fence(sweep));
+    }
+
+    /// Sweeps the request queues for the reset of a disk by another initiator. What lies in those that the front end is
+    /// still starting ends unbegun, and nobody waits for that: whether they ever start is up to the front end.
+    pub(super) fn sweep_for_reset(&self, sweep: &Arc<Sweep>) {
+        for queue in self.all().iter_mut().skip(FIXED_QUEUES) {
+            match queue {
+                Queue::Running(mailbox) => mailbox.send(Message::Sweep(Arc::clone(sweep))),
+                Queue::Stopped { told: true, sweeps, .. } => keep_unreported(sweeps, sweep),
+                Queue::Stopped { .. } => {}
+            }
+            queue.fence(sweep);
         }
     }
 }
@@ -254,6 +285,8 @@ pub(super) struct Sweep {
     ends_with: Option<Ended>,
     /// It is about what is under way at the medium, which is to be over, and nothing else.
     clears: bool,
+    /// It is about what was in flight when the ring started, and nothing else.
+    fence: bool,
     any: AtomicBool,
     report: Report,
 }
@@ -278,7 +311,24 @@ impl Sweep {
         ends_with: Option<Ended>,
         report: Report,
     ) -> Self {
-        Sweep { owner, disks, tag, ends_with, clears: false, any: AtomicBool::new(false), report }
+        let (clears, fence, any) = (false, false, AtomicBool::new(false));
+        Sweep { owner, disks, tag, ends_with, clears, fence, any, report }
+    }
+
+    /// Sweeps for what is in flight in a ring that starts, by disk how it ends.
+    fn of_fences(fences: &BTreeMap<usize, Ended>) -> Vec<Self> {
+        let mut sweeps: Vec<Self> = Vec::new();
+        for (disk, how) in fences {
+            match sweeps.iter_mut().find(|sweep| sweep.ends_with == Some(*how)) {
+                Some(sweep) => sweep.disks.push(*disk),
+                None => {
+                    let mut sweep = Sweep::new(None, vec![*disk], None, Some(*how), Report::Nobody);
+                    sweep.fence = true;
+                    sweeps.push(sweep);
+                }
+            }
+        }
+        sweeps
     }
 
     /// A sweep for what is under way at the medium of a disk that lets nobody in any more.
@@ -293,15 +343,24 @@ impl Sweep {
         self.clears
     }
 
+    /// Whether it is about nothing but what was in flight when the ring started.
+    pub(super) fn is_fence(&self) -> bool {
+        self.fence
+    }
+
     /// The same for commands that have not begun, without anybody who waits for it.
     fn unreported(&self) -> Self {
-        Sweep::new(self.owner, self.disks.clone(), self.tag, self.ends_with, Report::Nobody)
+        let disks = self.disks.clone();
+        let mut sweep = Sweep::new(self.owner, disks, self.tag, self.ends_with, Report::Nobody);
+        sweep.fence = self.fence;
+        sweep
     }
 
     /// Whether it ends, without anybody who waits for it, all that another one ends.
     fn covers(&self, other: &Sweep) -> bool {
         matches!(self.report, Report::Nobody)
             && self.tag.is_none()
+            && (other.fence || !self.fence)
             && self.ends_with == other.ends_with
             && other.disks.iter().all(|disk| self.disks.contains(disk))
     }

@@ -58,17 +58,60 @@ pub struct Offer {
     pub poll: Duration,
 }
 
-/// The queues of the connections that are served now: at most one to a port.
-struct Connections(Mutex<Vec<(Port, Arc<Queues>)>>);
+/// The queues of all ports, whether or not there is a connection by them now.
+struct Connections {
+    lines: Vec<Line>,
+    /// By disk, where it is noted in flight who changes it.
+    places: Vec<usize>,
+}
+
+/// A port.
+struct Line {
+    port: Port,
+    queues: Arc<Queues>,
+    /// Where its requests in flight were last noted.
+    inflight: Mutex<Option<inflight::Region>>,
+}
+
+impl Line {
+    fn inflight(&self) -> MutexGuard<'_, Option<inflight::Region>> {
+        self.inflight.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Connections {
-    fn all(&self) -> MutexGuard<'_, Vec<(Port, Arc<Queues>)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn new(target: &Target, queues: usize) -> Self {
+        let line =
+            |port| Line { port, queues: Arc::new(Queues::new(queues)), inflight: Mutex::default() };
+        let places = target.disks().iter().map(|disk| inflight::place(disk)).collect();
+        Connections { lines: target.ports().map(line).collect(), places }
+    }
+
+    fn all(&self) -> impl Iterator<Item = (Port, &Arc<Queues>)> {
+        self.lines.iter().map(|line| (line.port, &line.queues))
+    }
+
+    fn of(&self, port: Port) -> Option<&Line> {
+        self.lines.iter().find(|line| line.port == port)
+    }
+
+    /// The requests in flight of a port are noted there from now on.
+    fn note_inflight(&self, port: Port, region: &inflight::Region, target: &Target) {
+        region.begin_changes();
+        if let Some(line) = self.of(port) {
+            *line.inflight() = Some(region.clone());
+        }
+        // Only now, so that nobody is missed who has just begun.
+        for (disk, place) in target.disks().iter().zip(&self.places) {
+            if disk.sharing().is_changed_by_others(port) {
+                region.note_change(*place);
+            }
+        }
     }
 
     /// Sweeps the queues of all other connections than `own`, for a reset.
     fn sweep_for_reset(&self, own: &Arc<Queues>, sweep: &Arc<Sweep>) {
-        for (_, queues) in self.all().iter().filter(|(_, queues)| !Arc::ptr_eq(queues, own)) {
+        for (_, queues) in self.all().filter(|(_, queues)| !Arc::ptr_eq(queues, own)) {
             queues.sweep_for_reset(sweep);
         }
     }
@@ -78,14 +121,30 @@ impl Tasks for Connections {
     fn abort(&self, ports: &[Port], disk: usize, ending: Arc<Ending>) {
         let report = Report::Caller(ending);
         let sweep = Arc::new(Sweep::new(None, vec![disk], None, Some(Ended::TaskAborted), report));
-        for (_, queues) in self.all().iter().filter(|(port, _)| ports.contains(port)) {
+        for (_, queues) in self.all().filter(|(port, _)| ports.contains(port)) {
             queues.sweep_running(&sweep);
         }
     }
 
     fn clear(&self, disk: usize, ending: Arc<Ending>) {
         let sweep = Arc::new(Sweep::clearing(disk, Report::Caller(ending)));
-        self.all().iter().for_each(|(_, queues)| queues.sweep_running(&sweep));
+        self.all().for_each(|(_, queues)| queues.sweep_running(&sweep));
+        self.fence(disk);
+    }
+
+    fn fence(&self, disk: usize) {
+        let how = Some(Ended::As(wire::Response::Aborted));
+        let sweep = Sweep::new(None, vec![disk], None, how, Report::Nobody);
+        self.all().for_each(|(_, queues)| queues.fence(&sweep));
+    }
+
+    fn note_change(&self, port: Port, disk: usize) {
+        let Some(place) = self.places.get(disk) else { return };
+        for line in self.lines.iter().filter(|line| line.port != port) {
+            if let Some(region) = &*line.inflight() {
+                region.note_change(*place);
+            }
+        }
     }
 }
 
@@ -111,7 +170,8 @@ impl Device {
     /// # Errors
     /// If the host has no thread for its watchdog.
     pub fn new(target: Arc<Target>, offer: Offer) -> io::Result<Self> {
-        let connections = Arc::new(Connections(Mutex::default()));
+        let queues = FIXED_QUEUES + offer.request_queues;
+        let connections = Arc::new(Connections::new(&target, queues));
         let tasks: Arc<dyn Tasks> = Arc::<Connections>::clone(&connections);
         target.set_tasks(Arc::downgrade(&tasks));
         let asked = target.disks().iter().map(|_| AtomicU32::new(0)).collect();
@@ -121,8 +181,8 @@ impl Device {
     /// Serves one connection by a port, which has no other, until the front end goes away or
     /// [`UnixStream::shutdown`] is called for reading on `stream`. When it returns, nothing is in flight and the guest's memory is unmapped.
     pub fn serve(self: &Arc<Self>, port: Port, stream: &UnixStream) {
-        let mut connection = Connection::new(Arc::clone(self), port);
-        self.connections.all().push((port, connection.queues()));
+        let Some(Line { queues, .. }) = self.connections.of(port) else { return };
+        let mut connection = Connection::new(Arc::clone(self), port, Arc::clone(queues));
         let end = messages::serve(stream, &mut connection);
         let gone =
             matches!(end, Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage);
@@ -132,7 +192,7 @@ impl Device {
         connection.stop_all(true);
         // Only now: a front end that sees its connection break takes what is answered by then for all there is.
         close(stream);
-        self.connections.all().retain(|(of, _)| *of != port);
+        queues.hang_up();
         self.target.disconnected(port);
         match gone {
             true => log::info!("port {}: front end is gone", port.0),
@@ -184,7 +244,7 @@ impl Device {
         let (target, lun) = (disk.settings().target, disk.settings().lun);
         log::info!("target {target} LUN {}: {} blocks now", lun.get(), disk.blocks());
         self.target.announce(disk, UnitAttention::CapacityChanged, None);
-        for (_, queues) in self.connections.all().iter() {
+        for (_, queues) in self.connections.all() {
             let event =
                 message::Event::parameters_changed(target, lun, UnitAttention::CapacityChanged);
             connection::send_event(queues, event);
@@ -234,6 +294,6 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         device.serve(Port(1), &ours);
-        assert!(device.connections.all().is_empty());
+        assert!(device.connections.all().all(|(_, queues)| Arc::strong_count(queues) == 1));
     }
 }

@@ -9,6 +9,7 @@ use nix::sys::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
 use super::guest_buf::{CommandChain, Part};
+use super::inflight;
 use super::message::{Message, Sweep, keep_unreported};
 use super::order::{Attribute, Order};
 use super::ring::Ring;
@@ -17,7 +18,8 @@ use super::worker::{Abandoned, CallResult, HostCall, Service, Step};
 use crate::scsi::background::Tolerance;
 use crate::scsi::copy::Waits;
 use crate::scsi::{
-    self, Cdb, Delivery, Lun, Nexus, Outcome, Plan, Request, ScsiError, Target, Transfer, Work,
+    self, Cdb, Delivery, Lun, Nexus, Outcome, Plan, Redone, Request, ScsiError, Target, Transfer,
+    Work,
 };
 use crate::store::engine::ending::keep;
 use crate::store::engine::uring::UringEngine;
@@ -37,6 +39,8 @@ struct Received {
     tag: u64,
     response: Part,
     data: DataPhase,
+    /// It changes a disk, and is done again.
+    redone: Option<Box<Redone>>,
 }
 
 /// The data buffers of a command.
@@ -221,8 +225,9 @@ impl RequestQueue {
             return None;
         }
         let data = DataPhase { len, to_driver: !data_in.is_empty() };
-        let received = Received { head, tag: header.tag.get(), response, data };
-        let request = Request { cdb: Cdb(header.cdb), data_out, data_in, again };
+        let received = Received { head, tag: header.tag.get(), response, data, redone: None };
+        let cdb = Cdb(header.cdb);
+        let request = Request { cdb, data_out, data_in, again, overtaken: false };
         let attribute = Attribute::parse(header.task_attribute);
         if attribute != Attribute::Simple || !self.order.is_free() {
             self.begin_in_order(ring, &header.lun, attribute, received, request);
@@ -239,12 +244,18 @@ impl RequestQueue {
         &mut self,
         ring: &mut Ring,
         lun: &[u8; 8],
-        received: Received,
-        request: Request,
+        mut received: Received,
+        mut request: Request,
         may_call: bool,
     ) -> Begun {
         let RequestQueue { target, nexus, flights, .. } = self;
         let address = target.resolve(lun);
+        if let (true, Some(lun)) = (request.again, address.disk()) {
+            received.redone = Redone::of(lun, nexus.port(), &request.cdb);
+            let noted = ring.was_changed_by_others(inflight::place(lun));
+            // Who has kept no such notes may not have been alone.
+            request.overtaken = noted.unwrap_or_else(|| target.ports().count() > 1);
+        }
         let plan = scsi::execute(target, nexus, &address, request);
         let outcome = match (plan, address.disk()) {
             (Plan::Done(outcome), _) => outcome,
@@ -394,7 +405,9 @@ impl RequestQueue {
     /// Marks, or ends, what was taken and has not begun.
     fn sweep_taken(&mut self, ring: &mut Ring, sweep: &Sweep) {
         for chain in std::mem::take(&mut self.taken) {
-            let selected = ring.header(&chain.header).is_some_and(|header| {
+            let about = chain.again || !sweep.is_fence();
+            let header = if about { ring.header(&chain.header) } else { None };
+            let selected = header.is_some_and(|header| {
                 let disk = self.target.resolve(&header.lun).disk().map(|lun| lun.index());
                 disk.is_some_and(|disk| sweep.selects(disk, header.tag.get()))
             });
@@ -480,7 +493,7 @@ impl RequestQueue {
 
 impl Service for RequestQueue {
     fn advance(&mut self, ring: &mut Ring, take: bool) -> Step {
-        if take && !self.later.is_empty() && !ring.is_away() {
+        if take && !self.later.is_empty() && !self.leaves && !ring.is_away() {
             self.sweep_later(ring);
         }
         loop {
@@ -569,7 +582,10 @@ impl Service for RequestQueue {
         }
         // What the driver handed over before the function counts as received before it. A ring's worth: a driver that
         // adds more meanwhile adds it after the function.
-        if take && ring.is_away() {
+        if self.leaves {
+            // It is about what was left without an answer, too, which nobody will look at before the ring starts again.
+            keep_unreported(&mut self.later, sweep);
+        } else if take && ring.is_away() {
             // Nobody can tell when its memory is back. The front end's own guest may wait for that, no other.
             match sweep.is_of(self.nexus.port()) {
                 true => self.later.push(Arc::clone(sweep)),
@@ -580,7 +596,9 @@ impl Service for RequestQueue {
             self.sweep_later(ring);
         }
         self.sweep_taken(ring, sweep);
-        self.sweep_begun(ring, sweep);
+        if !sweep.is_fence() {
+            self.sweep_begun(ring, sweep);
+        }
     }
 
     #[cold]

@@ -212,6 +212,12 @@ impl Ring {
         Some((head, false))
     }
 
+    /// Whether others had changed a disk, by its place in the notes, when a request that was left in flight was given, or
+    /// since, and as far as was noted; `None` if nobody has kept such notes.
+    pub(super) fn was_changed_by_others(&self, place: usize) -> Option<bool> {
+        self.inflight.as_ref()?.was_changed_by_others(place)
+    }
+
     /// Whether it does not lie in memory now, so that nobody can tell what is in it.
     pub(super) fn is_away(&self) -> bool {
         self.away

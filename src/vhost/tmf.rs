@@ -203,6 +203,7 @@ impl ControlQueue {
         // A reset ends everybody's commands; all else is about those of this initiator: each has a task set
         // of its own (TST 001b).
         if pending.function == Function::LogicalUnitReset {
+            pending.disks.iter().for_each(|disk| disk.note_change(owner));
             self.connections.sweep_for_reset(&self.queues, &sweep);
         }
         let waiter: Waiter = Arc::<Sweep>::clone(&sweep);
@@ -358,7 +359,7 @@ mod tests {
             let queues = Arc::new(Queues::new(REQUESTS + 1));
             queues.told(REQUESTS);
             let (mailbox, inbox) = Mailbox::new().unwrap();
-            let connections = Arc::new(Connections(Mutex::default()));
+            let connections = Arc::new(Connections::new(&target, REQUESTS + 1));
             let control = ControlQueue::new(target, nexus, queues, connections, mailbox);
             let ranges = [(GuestAddress(0), 0x4000)];
             let memory = Arc::new(GuestMemory::from_ranges(&ranges).unwrap());

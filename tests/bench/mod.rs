@@ -66,7 +66,8 @@ impl Bench {
     /// What a command is to do, with room for this data.
     fn plan_of(&self, nexus: &Arc<Nexus>, cdb: &[u8], out: &[u8], data_in: Buffers) -> Plan {
         let data_out = Buffers::copy_of(out).unwrap();
-        let request = Request { cdb: Cdb::new(cdb), data_out, data_in, again: false };
+        let request =
+            Request { cdb: Cdb::new(cdb), data_out, data_in, again: false, overtaken: false };
         execute(&self.target, nexus, &Addressed::Disk(&self.lun), request)
     }
 

@@ -168,6 +168,8 @@ pub struct Outstanding {
     pub again: bool,
     /// Disks that it must not write to as long as it is not let through again.
     pub kept_from: Vec<usize>,
+    /// While its guest was away, others have changed the disk that it writes to, or were told that it has ended.
+    pub over: bool,
 }
 
 /// A copy whose command was answered, and whose end is not known.

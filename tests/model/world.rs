@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::commands::{Background, Command, Disk, Kind, Need, Outstanding, Token, Whole};
 use super::reserved::{Access, Change, Reserved};
-use super::{Area, BLOCK, Ending, Id, Model, Value, Wrong};
+use super::{Area, BLOCK, Ending, Id, Model, Time, Value, Wrong};
 use crate::frontend::connection::{CONTROL_QUEUE, FIRST_REQUEST_QUEUE};
 use crate::frontend::control::tmf_response;
 use crate::frontend::daemon::{Scratch, host_read};
@@ -91,6 +91,8 @@ pub struct World {
     pub history: Vec<Line>,
     pub counts: BTreeMap<(&'static str, &'static str), u32>,
     pub last_answer: Instant,
+    /// When a guest went last with something under way that ends commands of others: what reaches them may be late.
+    pub went: Time,
 }
 
 impl World {
@@ -147,6 +149,7 @@ impl World {
             history: vec![],
             counts: BTreeMap::new(),
             last_answer: Instant::now(),
+            went: 0,
         };
         world.daemon = Some(world.spawn());
         (0..world.guests.len()).for_each(|guest| world.boot(guest));
@@ -351,7 +354,8 @@ impl World {
                 need
             })
             .collect();
-        let disturbed = self.out.values().any(|other| other.kind.ends_others());
+        let disturbs = |other: &Outstanding| other.kind.ends_others() || other.since <= self.went;
+        let disturbed = self.out.values().any(disturbs);
         if kind.ends_others() {
             self.out.values_mut().for_each(|other| other.disturbed = true);
         }
@@ -363,7 +367,7 @@ impl World {
         }
         let mut luns = needs.iter().map(|need| need.lun).chain([lun]);
         let beside_whole = luns.any(|lun| self.disks[lun].whole.is_some());
-        let (since, again, kept_from) = (self.model.now(), false, vec![]);
+        let (since, again, kept_from, over) = (self.model.now(), false, vec![], false);
         let outstanding = Outstanding {
             id,
             guest,
@@ -377,6 +381,7 @@ impl World {
             beside_whole,
             again,
             kept_from,
+            over,
         };
         self.out.insert((guest, ticket), outstanding);
     }
@@ -456,6 +461,9 @@ impl World {
             false => wrong("nobody has ended it"),
         };
         match (answer.response, answer.status) {
+            (response::OK, status::GOOD) if one.over => {
+                wrong("it is done again after what others did while its guest was away")
+            }
             (response::OK, status::GOOD) => {
                 // One that goes on in the background is only begun.
                 let begun = matches!(one.kind, Kind::Copy { background: true, .. });
@@ -979,6 +987,9 @@ impl World {
             self.out.keys().filter(|(of, _)| *of == guest).copied().collect();
         for key in all {
             let Some(one) = self.out.remove(&key) else { continue };
+            if one.kind.ends_others() {
+                self.went = self.model.now();
+            }
             match one.kind {
                 Kind::Reservation { .. } => self.disks[one.lun].changing = false,
                 Kind::Function { .. } => {
@@ -1027,6 +1038,7 @@ impl World {
         self.event(if gently { "SIGTERM" } else { "SIGKILL" });
         // One that was started beside it knows less than what comes now.
         self.next = None;
+        let late = if gently { None } else { self.late() };
         let mut daemon = self.daemon.take().expect("a daemon");
         if gently {
             self.collect();
@@ -1038,11 +1050,51 @@ impl World {
         self.collect();
         self.daemon_gone();
         self.daemon = Some(self.spawn());
-        for (n, guest) in self.guests.iter_mut().enumerate() {
-            let daemon = self.daemon.as_ref().expect("a daemon");
-            guest.fe.as_mut().expect("a guest").reconnect_to(daemon, n);
+        let in_time = (0..self.guests.len()).filter(|n| Some(*n) != late);
+        in_time.for_each(|guest| self.reconnect(guest));
+        if let Some(late) = late {
+            self.while_away(late);
+            self.reconnect(late);
         }
         self.look_again();
+    }
+
+    fn reconnect(&mut self, guest: usize) {
+        let daemon = self.daemon.as_ref().expect("a daemon");
+        self.guests[guest].fe.as_mut().expect("a guest").reconnect_to(daemon, guest);
+    }
+
+    /// A guest that will come back later than others, if any: the daemon has taken all that it has given.
+    fn late(&mut self) -> Option<usize> {
+        let late = self.guest();
+        if self.guests.len() < 2 || self.rng.one_in(3) {
+            return None;
+        }
+        let fe = self.guests[late].fe();
+        let taken = |queue| {
+            let queue = fe.queue(queue);
+            queue.ring().avail_event() == queue.ring().published()
+        };
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while !(FIRST_REQUEST_QUEUE..FIRST_REQUEST_QUEUE + QUEUES as usize).all(taken) {
+            if Instant::now() > deadline {
+                return None;
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Some(late)
+    }
+
+    /// What a guest that is away has in flight to a disk is over: it writes nothing there any more, or, if a function has
+    /// ended it, is not done at all.
+    pub fn over_while_away(&mut self, late: usize, lun: usize, function: bool) {
+        let now = self.model.now();
+        for one in self.out.values_mut().filter(|one| one.guest == late && one.lun == lun) {
+            let writes = self.model.written_by(one.id).iter().any(|area| area.disk == lun);
+            let command = !matches!(one.kind, Kind::Function { .. });
+            one.over |= command && (writes || function);
+            self.model.over_on(one.id, lun, now);
+        }
     }
 
     /// All that lasts as long as a daemon is gone.

@@ -447,7 +447,7 @@ mod tests {
             let nexus = target.connect(Port(1));
             let run = |cdb: Cdb, list: &[u8]| {
                 let (data_out, data_in) = (Buffers::copy_of(list).unwrap(), Buffers::default());
-                let request = Request { cdb, data_out, data_in, again: false };
+                let request = Request { cdb, data_out, data_in, again: false, overtaken: false };
                 execute(&target, &nexus, &Addressed::Disk(&lun), request)
             };
             // The unit attention.

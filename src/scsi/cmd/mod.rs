@@ -278,6 +278,14 @@ impl Command {
         self.access != Access::None && !self.mends
     }
 
+    /// Whether it changes the medium or anything else that the disk keeps.
+    pub fn changes(&self) -> bool {
+        match (self.access, self.data) {
+            (Access::Write, _) | (Access::None, Data::Out | Data::None) => true,
+            (Access::Read, _) | (Access::None, Data::In) => false,
+        }
+    }
+
     /// How it gets along with a format or sanitize operation.
     pub fn tolerance(&self) -> Tolerance {
         match (self.access, self.data) {

@@ -133,7 +133,8 @@ impl<'a> Leave<'a> {
         }
         let Some(destination) = self.destination else { return Ok(()) };
         usable(destination, port, Conflict::Always)?;
-        destination.check_writable()
+        destination.check_writable()?;
+        destination.change(port, true)
     }
 
     /// The same, after so many bytes.
