@@ -311,7 +311,6 @@ impl Service for ControlQueue {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
     use std::sync::mpsc::Receiver;
 
     use vm_memory::{Bytes, GuestAddress};
