@@ -30,8 +30,6 @@ impl Victim {
     fn new() -> Self {
         let daemon = Daemon::with_disk(DISK, "");
         let victim = Victim { descriptors: 0, threads: 0, daemon };
-        // The last region of a port is kept, for what others do while its guest is away.
-        drop(FrontEnd::builder().inflight().connect(&victim.daemon));
         // The pool's threads come and go by themselves.
         victim.reads_right();
         std::thread::sleep(Duration::from_millis(50));

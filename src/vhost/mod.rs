@@ -98,7 +98,8 @@ impl Connections {
     /// The requests in flight of a port are noted there from now on.
     fn note_inflight(&self, port: Port, region: &inflight::Region, target: &Target) {
         region.begin_changes();
-        if let Some(line) = self.of(port) {
+        // Where there are others it is kept when its guest has gone, for what they do until it is back.
+        if let Some(line) = self.of(port).filter(|_| self.lines.len() > 1) {
             *line.inflight() = Some(region.clone());
         }
         // Only now, so that nobody is missed who has just begun.
