@@ -434,7 +434,6 @@ const ALL: &[i64] = &[
     libc::SYS_gettid,
     libc::SYS_madvise,
     libc::SYS_mremap,
-    libc::SYS_msync,
     libc::SYS_munmap,
     libc::SYS_openat,
     libc::SYS_read,

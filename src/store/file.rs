@@ -120,6 +120,9 @@ impl std::fmt::Debug for Pool {
 /// What is kept beside an image.
 const KEPT: [&str; 2] = [notes::SUFFIX, journal::SUFFIX];
 
+/// A call that writes some bytes of a list from one on, and says how many.
+type Call = fn(&File, u64, &Buffers, usize) -> io::Result<usize>;
+
 /// Somebody else has come between the name and the file.
 const CHANGED: &str = "changed while it was being opened; try again";
 
@@ -591,52 +594,55 @@ impl FileStore {
         settled.map_err(|e| Cause::from(&e).into())
     }
 
-    fn write_all(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
-        let done =
-            Self::all(offset, from.len(), |done| sys::write(&self.file, offset, from, done))?;
+    /// One call that writes, or as many as it takes.
+    fn write_all(&self, offset: u64, from: &Buffers, write: Call) -> Result<(), StoreError> {
+        let done = Self::all(offset, from.len(), |done| write(&self.file, offset, from, done))?;
         match done == from.len() {
             true => Ok(()),
             false => Err(StoreError::at(Cause::Medium, offset + done as u64)),
         }
     }
 
-    fn write_cached(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+    fn write_by(&self, write: Call, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         let written = match self.is_usable(from) {
-            true => self.write_all(offset, from),
+            true => self.write_all(offset, from, write),
             false => Self::in_pieces(offset, from.len(), |at, piece, done| {
                 piece.copy_from(0, from, done, piece.len());
-                self.write_all(at, piece)
+                self.write_all(at, piece, write)
             }),
         };
         self.write_back.mark(bytes(offset, from.len()));
         written
     }
 
-    /// Writes, and then flushes what was written: an error of a write that does both (RWF_DSYNC) would not say which of the
-    /// two has failed, and what only failed to be written is no reason to mistrust everything that was written before.
-    fn write_stable(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
-        self.write_cached(offset, from)?;
-        self.stabilize(offset, from)
+    fn write_cached(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        self.write_by(sys::write, offset, from)
     }
 
-    /// Flushes what was just written. It is not written once more with a flag (RWF_DSYNC): by now it can be seen, and others
+    /// Writes once, so that it is stable. It is not written once more to have it flushed: by then it can be seen, and others
     /// may have written over it.
-    fn stabilize(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+    fn write_stable(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         if self.direct {
+            self.write_cached(offset, from)?;
             return self.sync();
         }
-        let range = bytes(offset, from.len());
-        let flushed = self.write_back.flush_range(range.clone(), || {
-            loop {
-                match sys::flush_range(&self.file, &range) {
-                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    flushed => break flushed?,
-                }
+        match self.write_by(sys::write_stable, offset, from) {
+            Ok(()) => {
+                let range = bytes(offset, from.len());
+                let flushed = self.write_back.flush_range(range, || self.journal_is_kept());
+                let at = |error: StoreError| match error.lost {
+                    true => error,
+                    false => StoreError::at(error.cause, offset),
+                };
+                flushed.map_err(at)
             }
-            self.journal_is_kept()
-        });
-        flushed
-            .map_err(|error| if error.lost { error } else { StoreError::at(error.cause, offset) })
+            // The write or its flush has failed: what only was not written is no reason to mistrust all that was written
+            // before, and a flush of all tells the one from the other.
+            Err(error) => match self.sync() {
+                Err(lost) if lost.lost => Err(lost),
+                _ => Err(error),
+            },
+        }
     }
 
     fn sync(&self) -> Result<(), StoreError> {
@@ -806,7 +812,7 @@ impl Store for FileStore {
             // Where the device can do it, and the range is one that it does. Otherwise nothing was written.
             if sys::write_torn_free(&self.file, offset, from).is_ok() {
                 self.write_back.mark(bytes(offset, from.len()));
-                self.stabilize(offset, from)?;
+                self.sync()?;
                 return self.write_back.check();
             }
         }
@@ -818,7 +824,7 @@ impl Store for FileStore {
         let read = |at, into: &Buffers| {
             self.read(at, into)?;
             // Else a crash would bring back what was there before that.
-            self.stabilize(at, into)
+            self.write_stable(at, into)
         };
         journal.write(offset, from, read, |offset, from| self.write_stable(offset, from))?;
         self.write_back.check()

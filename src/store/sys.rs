@@ -86,11 +86,31 @@ pub(super) fn write_now(file: &File, offset: u64, from: &Buffers) -> io::Result<
 
 /// One `pwritev2(2)` from the segments of `from`, starting at byte `skip` of the list; may be short.
 pub(super) fn write(file: &File, offset: u64, from: &Buffers, skip: usize) -> io::Result<usize> {
+    write_with(file, offset, from, skip, 0)
+}
+
+/// The same, which returns when the data survives a crash (RWF_DSYNC).
+pub(super) fn write_stable(
+    file: &File,
+    offset: u64,
+    from: &Buffers,
+    skip: usize,
+) -> io::Result<usize> {
+    write_with(file, offset, from, skip, libc::RWF_DSYNC)
+}
+
+fn write_with(
+    file: &File,
+    offset: u64,
+    from: &Buffers,
+    skip: usize,
+    flags: libc::c_int,
+) -> io::Result<usize> {
     with_segments(from, skip, offset, |iov, count, offset| match count {
         // SAFETY: the one iovec describes memory that `from` keeps mapped for reading.
-        1 => unsafe { one(libc::SYS_pwrite64, file, iov, offset) },
+        1 if flags == 0 => unsafe { one(libc::SYS_pwrite64, file, iov, offset) },
         // SAFETY: as above, for all of them.
-        _ => unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, 0) },
+        _ => unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, flags) },
     })
 }
 
@@ -122,33 +142,6 @@ pub(super) fn begin_writeback(file: &File, at: u64) {
     let Ok(at) = libc::off64_t::try_from(at) else { return };
     // SAFETY: plain numbers. Where it fails, nothing is lost but an answer that is more exact.
     unsafe { libc::sync_file_range(file.as_raw_fd(), at, 1, libc::SYNC_FILE_RANGE_WRITE) };
-}
-
-/// Makes a range of a file last, with what is needed to find it again. There is no call for a part of a file but that for
-/// memory which it is mapped to, msync(2): it is mapped, and never looked at. Where it cannot be, all of it is flushed.
-pub(super) fn flush_range(file: &File, range: &Range<u64>) -> io::Result<()> {
-    const PAGE: u64 = 1 << 16;
-    let start = range.start - range.start % PAGE;
-    let (at, len) = (libc::off64_t::try_from(start), usize::try_from(range.end - start));
-    let (Ok(at), Ok(len)) = (at, len) else { return file.sync_data() };
-    if len == 0 {
-        return Ok(());
-    }
-    let (null, fd) = (std::ptr::null_mut(), file.as_raw_fd());
-    // SAFETY: the kernel chooses a place that nothing else has, and nobody reads what is there: it may lie behind the end of
-    // the file.
-    let mapped = unsafe { libc::mmap64(null, len, libc::PROT_READ, libc::MAP_SHARED, fd, at) };
-    if mapped == libc::MAP_FAILED {
-        return file.sync_data();
-    }
-    // SAFETY: that mapping, which nobody else has.
-    let done = match unsafe { libc::msync(mapped, len, libc::MS_SYNC) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    };
-    // SAFETY: as above.
-    unsafe { libc::munmap(mapped, len) };
-    done
 }
 
 /// File systems whose flushes do not mean what those of others do.
