@@ -220,11 +220,16 @@ impl<S: Store> Store for Faults<S> {
     }
 
     fn write(&self, offset: u64, from: &Buffers, durability: Durability) -> Result<(), StoreError> {
-        let part = |range| self.store.write(offset, &first(from, &range), durability);
+        if durability == Durability::Stable
+            && let Some(lost) = self.store.write_back().and_then(|w| w.failure())
+        {
+            return Err(lost);
+        }
+        let part = |range| self.store.write(offset, &first(from, &range), Durability::Cached);
         self.run(Target::Write, bytes(offset, from), part)?;
         match durability {
             Durability::Cached => Ok(()),
-            Durability::Stable => self.strike_flush(),
+            Durability::Stable => self.flush(),
         }
     }
 
@@ -235,8 +240,8 @@ impl<S: Store> Store for Faults<S> {
 
     fn write_whole(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         self.strike(Target::Write, &bytes(offset, from))?;
-        self.store.write_whole(offset, from)?;
-        self.strike_flush()
+        self.strike_flush()?;
+        self.store.write_whole(offset, from)
     }
 
     fn flush(&self) -> Result<(), StoreError> {

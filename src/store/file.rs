@@ -120,9 +120,6 @@ impl std::fmt::Debug for Pool {
 /// What is kept beside an image.
 const KEPT: [&str; 2] = [notes::SUFFIX, journal::SUFFIX];
 
-/// A call that writes some bytes of a list from one on, and says how many.
-type Call = fn(&File, u64, &Buffers, usize) -> io::Result<usize>;
-
 /// Somebody else has come between the name and the file.
 const CHANGED: &str = "changed while it was being opened; try again";
 
@@ -594,55 +591,38 @@ impl FileStore {
         settled.map_err(|e| Cause::from(&e).into())
     }
 
-    /// One call that writes, or as many as it takes.
-    fn write_all(&self, offset: u64, from: &Buffers, write: Call) -> Result<(), StoreError> {
-        let done = Self::all(offset, from.len(), |done| write(&self.file, offset, from, done))?;
+    fn write_all(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+        let done =
+            Self::all(offset, from.len(), |done| sys::write(&self.file, offset, from, done))?;
         match done == from.len() {
             true => Ok(()),
             false => Err(StoreError::at(Cause::Medium, offset + done as u64)),
         }
     }
 
-    fn write_by(&self, write: Call, offset: u64, from: &Buffers) -> Result<(), StoreError> {
+    fn write_cached(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
         let written = match self.is_usable(from) {
-            true => self.write_all(offset, from, write),
+            true => self.write_all(offset, from),
             false => Self::in_pieces(offset, from.len(), |at, piece, done| {
                 piece.copy_from(0, from, done, piece.len());
-                self.write_all(at, piece, write)
+                self.write_all(at, piece)
             }),
         };
         self.write_back.mark(bytes(offset, from.len()));
         written
     }
 
-    fn write_cached(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
-        self.write_by(sys::write, offset, from)
-    }
-
-    /// Writes once, so that it is stable. It is not written once more to have it flushed: by then it can be seen, and others
-    /// may have written over it.
+    /// Writes, and then flushes all that was written. An error of a write that does both (RWF_DSYNC) would not say which of the
+    /// two has failed, and what only failed to be written is no reason to mistrust everything that was written before. Nor
+    /// is it written once more with that flag: by then it can be seen, and others may have written over it. And to flush a
+    /// part by msync(2) takes the lock of all mappings, with which a host that hangs would hold up all guests.
     fn write_stable(&self, offset: u64, from: &Buffers) -> Result<(), StoreError> {
-        if self.direct {
-            self.write_cached(offset, from)?;
-            return self.sync();
-        }
-        match self.write_by(sys::write_stable, offset, from) {
-            Ok(()) => {
-                let range = bytes(offset, from.len());
-                let flushed = self.write_back.flush_range(range, || self.journal_is_kept());
-                let at = |error: StoreError| match error.lost {
-                    true => error,
-                    false => StoreError::at(error.cause, offset),
-                };
-                flushed.map_err(at)
-            }
-            // The write or its flush has failed: what only was not written is no reason to mistrust all that was written
-            // before, and a flush of all tells the one from the other.
-            Err(error) => match self.sync() {
-                Err(lost) if lost.lost => Err(lost),
-                _ => Err(error),
-            },
-        }
+        self.write_cached(offset, from)?;
+        let at = |error: StoreError| match error.lost {
+            true => error,
+            false => StoreError::at(error.cause, offset),
+        };
+        self.sync().map_err(at)
     }
 
     fn sync(&self) -> Result<(), StoreError> {

@@ -86,31 +86,11 @@ pub(super) fn write_now(file: &File, offset: u64, from: &Buffers) -> io::Result<
 
 /// One `pwritev2(2)` from the segments of `from`, starting at byte `skip` of the list; may be short.
 pub(super) fn write(file: &File, offset: u64, from: &Buffers, skip: usize) -> io::Result<usize> {
-    write_with(file, offset, from, skip, 0)
-}
-
-/// The same, which returns when the data survives a crash (RWF_DSYNC).
-pub(super) fn write_stable(
-    file: &File,
-    offset: u64,
-    from: &Buffers,
-    skip: usize,
-) -> io::Result<usize> {
-    write_with(file, offset, from, skip, libc::RWF_DSYNC)
-}
-
-fn write_with(
-    file: &File,
-    offset: u64,
-    from: &Buffers,
-    skip: usize,
-    flags: libc::c_int,
-) -> io::Result<usize> {
     with_segments(from, skip, offset, |iov, count, offset| match count {
         // SAFETY: the one iovec describes memory that `from` keeps mapped for reading.
-        1 if flags == 0 => unsafe { one(libc::SYS_pwrite64, file, iov, offset) },
+        1 => unsafe { one(libc::SYS_pwrite64, file, iov, offset) },
         // SAFETY: as above, for all of them.
-        _ => unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, flags) },
+        _ => unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, 0) },
     })
 }
 

@@ -122,7 +122,8 @@ impl Mount {
     pub fn over(kind: Kind, image: &Path, mib: u64) -> Option<Self> {
         let directory = TempDir::new().unwrap();
         let mount = Mount { kind, directory, image: image.into(), options: "loop" };
-        Self::in_file(mount, mib, &["-b", "4096"])
+        let mkfs: &[&str] = if kind == Kind::Ext4 { &["-b", "4096"] } else { &[] };
+        Self::in_file(mount, mib, mkfs)
     }
 
     fn in_file(mount: Mount, mib: u64, mkfs: &[&str]) -> Option<Self> {
